@@ -1,0 +1,23 @@
+"""Attach, activate, silence, merge and detach adapters on a live model.
+
+This room never reads or writes a file (`luthier.formats` does), except for weights set aside by a merge that was asked to.
+"""
+
+from luthier.core.lazy import lazy_names
+
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "AttachPlan": "luthier.adapt.planning",
+        "activate": "luthier.adapt.switching",
+        "adapter_parameters": "luthier.adapt.state",
+        "attach": "luthier.adapt.attaching",
+        "base_parameters": "luthier.adapt.state",
+        "detach": "luthier.adapt.attaching",
+        "disabled": "luthier.adapt.switching",
+        "merge": "luthier.adapt.merging",
+        "plan": "luthier.adapt.planning",
+        "roster_of": "luthier.adapt.state",
+        "unmerge": "luthier.adapt.merging",
+    },
+)

@@ -1,0 +1,205 @@
+"""plan(): what attaching would do, before anything is touched. attach() carries out exactly this."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from luthier.adapt.state import adapter_prefixes
+from luthier.core.config import ALL_LINEAR, LoraConfig
+from luthier.core.errors import TargetError, did_you_mean
+from luthier.core.lora import lora_scaling
+from luthier.core.names import is_inside_saved, is_saved_whole, is_target, matches_name, pattern_value
+from luthier.layers.kinds import LayerKind, layer_kind, why_not
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer that gets a pair."""
+
+    path: str
+    kind: LayerKind
+    in_features: int
+    out_features: int
+    r: int
+    lora_alpha: float
+    scaling: float
+    trains_bias: bool
+
+    @property
+    def num_parameters(self) -> int:
+        return self.r * (self.in_features + self.out_features) + self.trains_bias * self.out_features
+
+
+@dataclass(frozen=True)
+class AttachPlan:
+    """What an adapter would consist of. `saved` and `biases` map paths of replaced modules to their trained parameters."""
+
+    config: LoraConfig
+    layers: tuple[PlannedLayer, ...]
+    saved: dict[str, int]
+    biases: dict[str, int]
+    num_base_parameters: int
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(layer.num_parameters for layer in self.layers) + sum(self.saved.values()) + sum(self.biases.values())
+
+    @property
+    def share(self) -> float:
+        """Trained numbers as a share of the base's."""
+        return self.num_parameters / max(1, self.num_base_parameters)
+
+    def __str__(self) -> str:
+        names = Counter((layer.path.rsplit(".", 1)[-1], layer.in_features, layer.out_features, layer.r) for layer in self.layers)
+        lines = [f"{self.num_parameters:,} of {self.num_base_parameters:,} parameters are trained ({self.share:.2%})"]
+        for (name, in_features, out_features, r), count in names.items():
+            each = r * (in_features + out_features)
+            lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
+        lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
+        if self.biases:
+            lines.append(f"  {len(self.biases)} more biases ({sum(self.biases.values()):,})")
+        lines += [f"  note: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
+    """Return what `attach(model, config)` would adapt and how many parameters that trains. Touches nothing.
+
+    Raises: TargetError if a target matches nothing (with near misses) or names a layer that cannot be adapted.
+    """
+    modules = base_modules(model)
+    config = resolve_all_linear(model, modules, config)
+    faults: list[str] = []
+    layers = []
+    for path, module in modules.items():
+        if not path or not is_target(config, path):
+            continue
+        kind = layer_kind(module)
+        if kind is None:
+            faults.append(f"{path} is a {_class_name(module)}; only Linear, Embedding and Conv1D layers can be adapted")
+        elif reason := why_not(module, modules[path.rpartition(".")[0]]):
+            faults.append(f"{path}: {reason}")
+        else:
+            layers.append(_planned(config, path, module, kind))
+    if faults:
+        raise TargetError(_listed(f"target_modules names {len(faults)} module(s) that cannot be adapted", faults))
+    unmatched = _unmatched(config, modules)
+    if unmatched:
+        raise TargetError(_listed("the configuration names modules that this model does not have", unmatched))
+
+    saved = {path: _count(module) for path, module in modules.items() if path and is_saved_whole(config, path)}
+    biases = {}
+    if config.bias == "all":
+        paired = {layer.path for layer in layers}
+        for path, module in modules.items():
+            bias = module._parameters.get("bias")
+            if bias is not None and path not in paired and not is_inside_saved(config, path):
+                biases[path] = bias.numel()
+    base = {id(parameter): parameter.numel() for module in modules.values() for parameter in module._parameters.values() if parameter is not None}
+    return AttachPlan(config, tuple(layers), saved, biases, sum(base.values()), _warnings(model, config, layers, saved))
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> module of the model itself, without what adapters added to it."""
+    inside = adapter_prefixes(model)
+    return {path: module for path, module in model.named_modules() if not f"{path}.".startswith(inside)}
+
+
+def resolve_all_linear(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> LoraConfig:
+    """Return `config` with 'all-linear' written out: every linear layer but the output head, as PEFT does."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
+        return config
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {id(head)} if head is not None else {id(getattr(model, name, None)) for name in ("score", "classifier")}
+    linear = [
+        path
+        for path, module in modules.items()
+        if path and (kind := layer_kind(module)) and kind.word != "embedding" and id(module) not in heads
+        and not why_not(module, modules[path.rpartition(".")[0]])
+    ]
+    if not linear:
+        raise TargetError(f"target_modules='{ALL_LINEAR}' found no linear layer in this {_class_name(model)}")
+    return LoraConfig(**(dict(config) | {"target_modules": _shortest_names(linear, modules)}))
+
+
+def _shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """Return the fewest last parts that match exactly `paths`, so that files list `q_proj` and not 210 paths."""
+    wanted = set(paths)
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    exact = [name for name in names if not name.isdigit() and all(path in wanted for path in modules if matches_name(name, path))]
+    covered = {path for path in paths if any(matches_name(name, path) for name in exact)}
+    return exact + sorted(wanted - covered)
+
+
+def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> PlannedLayer:
+    r = pattern_value(config.rank_pattern, path, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    in_features, out_features = kind.sizes(module)
+    trains_bias = config.bias != "none" and getattr(module, "bias", None) is not None
+    scaling = lora_scaling(r, lora_alpha, config.use_rslora)
+    return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias)
+
+
+def _unmatched(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+    adaptable = [path for path, module in modules.items() if path and layer_kind(module)]
+    names = sorted({path.rsplit(".", 1)[-1] for path in adaptable})
+    faults = []
+    if isinstance(config.target_modules, str):
+        if not any(is_target(config, path) for path in modules):
+            faults.append(f"target_modules={config.target_modules!r} matches no module. Layers here: {', '.join(names)}")
+    else:
+        for entry in config.target_modules:
+            if not any(matches_name(entry, path) and is_target(config, path) for path in modules):
+                why = "is excluded or outside layers_to_transform" if any(matches_name(entry, path) for path in modules) else "matches nothing"
+                faults.append(f"target_modules entry {entry!r} {why}.{did_you_mean(entry, [*names, *adaptable])} Layers here: {', '.join(names)}")
+    for entry in config.modules_to_save or ():
+        if not any(path.endswith(entry) for path in modules):
+            known = {path.rsplit(".", 1)[-1] for path in modules if path}
+            faults.append(f"modules_to_save entry {entry!r} matches nothing.{did_you_mean(entry, known)}")
+    return faults
+
+
+def _warnings(model: nn.Module, config: LoraConfig, layers: list[PlannedLayer], saved: dict[str, int]) -> tuple[str, ...]:
+    found = []
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for expression in getattr(config, field_name):
+            if not any(pattern_value({expression: True}, layer.path, False) for layer in layers):
+                found.append(f"{field_name} key {expression!r} matches no adapted layer and has no effect")
+    for paths in _tied_modules(model).values():
+        touched = [path for path in paths if path in saved or any(layer.path == path for layer in layers)]
+        if touched and len(paths) > 1:
+            others = [path for path in paths if path not in touched]
+            found.append(
+                f"{' and '.join(paths)} share one weight; the adapter changes {' and '.join(touched)}"
+                + (f" and leaves {' and '.join(others)} as the base has it" if others else ", each by its own update")
+                + ". A merge gives each its own copy."
+            )
+    if config.lora_dropout and any(layer.kind.word == "embedding" for layer in layers):
+        found.append("lora_dropout has no effect on embedding layers")
+    return tuple(found)
+
+
+def _tied_modules(model: nn.Module) -> dict[int, list[str]]:
+    """Return parameter id -> paths of the modules that hold it."""
+    tied: dict[int, list[str]] = {}
+    for path, module in base_modules(model).items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                tied.setdefault(id(parameter), []).append(path)
+    return tied
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _class_name(module: nn.Module) -> str:
+    return getattr(module, "base_class", type(module)).__name__
+
+
+def _listed(head: str, faults: list[str]) -> str:
+    shown = faults[:10] + ([f"... and {len(faults) - 10} more"] if len(faults) > 10 else [])
+    return f"{head}:\n" + "\n".join(f"  {fault}" for fault in shown)

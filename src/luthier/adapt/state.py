@@ -1,0 +1,84 @@
+"""Find a model's adapters and their parameters, and the base's own parameters apart from them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from luthier.core.errors import AdapterStateError
+from luthier.layers.base import AdaptedModule
+from luthier.layers.kinds import LayerKind, layer_kind
+from luthier.layers.pair import LoraPair
+from luthier.layers.roster import Roster
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+    """Yield (path, module) of every module that carries adapters, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedModule):
+            yield path, module
+
+
+def find_roster(model: nn.Module) -> Roster | None:
+    """Return the model's Roster, or None where nothing is attached."""
+    return next((module.roster for _, module in adapted_modules(model)), None)
+
+
+def roster_of(model: nn.Module) -> Roster:
+    """Return the model's Roster. Raises: AdapterStateError where nothing is attached."""
+    roster = find_roster(model)
+    if roster is None:
+        raise AdapterStateError("no adapter is attached to this model; use attach() or load_adapter() first")
+    return roster
+
+
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return how the names of everything that adapters added to the model begin."""
+    return tuple(
+        f"{path}.{part}." if path else f"{part}."
+        for path, _ in adapted_modules(model)
+        for part in ("lora", "replacements")
+    )
+
+
+@dataclass(frozen=True)
+class AdapterParameter:
+    """One trained tensor: `role` is lora_A, lora_B or bias of the pair at `path`, or `whole` with the replaced parameter's key."""
+
+    path: str
+    role: str
+    parameter: nn.Parameter
+    kind: LayerKind | None = None
+    key: str = ""
+
+
+def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[AdapterParameter]:
+    """Yield every trained tensor of the adapter `name`, in the model's order. Raises: AdapterStateError if there is none."""
+    roster_of(model).check(name)
+    for path, module in adapted_modules(model):
+        if name in module.lora:
+            pair = cast(LoraPair, module.lora[name])
+            for role, parameter in pair.named_parameters():
+                yield AdapterParameter(path, role, parameter, layer_kind(module))
+        if name in module.replacements:
+            for key, parameter in module.replaced_parameters(name):
+                yield AdapterParameter(path, "whole", parameter, key=key)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the base's own parameters: adapters left out, merged weights as they were before the merge.
+
+    Tied parameters come once, under the first of their names.
+    """
+    roster = find_roster(model)
+    merged = {fold.name: fold for fold in roster.folds} if roster else {}
+    inside = adapter_prefixes(model)
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(inside):
+            continue
+        tensor = merged[name].kept.restored() if name in merged else parameter
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()

@@ -1,0 +1,96 @@
+"""`luthier eval`: base and adapter on the same held-out rows, side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, make_console, print_json
+from luthier.core.errors import ConfigError
+
+
+def evaluate(
+    adapter: str = typer.Argument(help="Adapter folder, or the folder of a run."),
+    data: str | None = typer.Option(None, "--data", "-d", help="Held-out rows. Default: those the run named."),
+    model: str | None = MODEL,
+    limit: int | None = typer.Option(None, min=1, help="Judge only the first so many rows."),
+    max_new_tokens: int = typer.Option(128, min=1, help="Longest answer, in tokens."),
+    batch_rows: int = typer.Option(32, min=1, help="Rows answered at once."),
+    case_folded: bool = typer.Option(False, help="Upper and lower case count as the same."),
+    prompt: str | None = typer.Option(None, help="Jinja template for the request. Default: the one trained with."),
+    completion: str | None = typer.Option(None, help="Jinja template for the answer. Default: the one trained with."),
+    system: str | None = typer.Option(None, help="System message. Default: the one trained with."),
+    samples: int = typer.Option(4, min=0, help="Rows to show side by side."),
+    save: Path | None = typer.Option(None, help="Write everything, each row's answers included, to this JSON file."),
+    dtype: str = DTYPE,
+    force: bool = FORCE,
+    as_json: bool = JSON,
+) -> None:
+    """Judge an adapter against its base: held-out loss, exact match, JSON fields, and what changed for better or worse."""
+    console = make_console(as_json)
+    from luthier.cli.loading import load, recipe_of
+
+    trained_with = recipe_of(adapter).get("data", {})
+    path = data or trained_with.get("eval_path")
+    if path is None:
+        raise ConfigError("the run names no file of held-out rows; say which with --data")
+    from luthier.core.atomic import write_atomic
+    from luthier.data.encode import encode
+    from luthier.data.messages import to_examples
+    from luthier.data.read import read_rows
+
+    examples = to_examples(
+        read_rows(path, limit=limit).rows,
+        prompt_template=prompt or trained_with.get("prompt"),
+        completion_template=completion or trained_with.get("completion"),
+        system=system or trained_with.get("system"),
+    )
+    loaded = load(model, adapter, dtype=dtype, console=console, force=force)
+    encoded = encode(examples, loaded.base.tokenizer, max_length=trained_with.get("max_length", 4096))
+    from luthier.evaluate.judgement import judge
+    from luthier.evaluate.report import judgement_report
+
+    with progress_bar(console) as on_progress:
+        judgement = judge(
+            loaded.base.model,
+            loaded.base.tokenizer,
+            examples,
+            encoded=encoded.rows,
+            max_new_tokens=max_new_tokens,
+            batch_rows=batch_rows,
+            case_folded=case_folded,
+            on_progress=on_progress,
+        )
+    console.print(judgement_report(judgement, samples=samples))
+    result = {"data": str(path), "model": str(loaded.base.spec), "adapter": adapter} | judgement.as_dict()
+    if save is not None:
+        write_atomic(save, json.dumps(result, ensure_ascii=False, indent=2))
+        console.print(f"Every row is in {save}.")
+    if as_json:
+        result.pop("samples")
+        print_json(result)
+
+
+def progress_bar(console: Any) -> Any:
+    """Return a context manager that yields a callback (stage, done, total) and shows one bar per stage."""
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def shown() -> Any:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            tasks: dict[str, Any] = {}
+
+            def on_progress(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(stage, total=total)
+                    if not console.is_terminal:
+                        console.print(f"{stage}: {total} rows", style="dim")
+                progress.update(tasks[stage], completed=done)
+
+            yield on_progress
+
+    return shown()

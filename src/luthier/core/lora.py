@@ -1,0 +1,92 @@
+"""LoRA's equations in plain torch, each once. Faster versions elsewhere carry the same names and are tested against these.
+
+Shape letters: R rank, I in_features, O out_features, V rows of an embedding table; `...` any leading axes.
+Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1:
+
+    h = W x + scaling * B A x        A: (R, I), B: (O, R), B = 0 at the start, so the first forward is the base's
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier.core.errors import ShapeError
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def lora_linear(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return scaling * x A^T B^T, the low-rank part of an adapted linear layer.
+
+    Shapes: x (..., I), lora_A (R, I), lora_B (O, R) -> (..., O). The small factors are cast to x's dtype, never x to theirs:
+    float32 copies of x would cost several times the input in saved activations.
+    """
+    return F.linear(F.linear(x, lora_A.to(x.dtype)) * scaling, lora_B.to(x.dtype))
+
+
+def lora_embedding(
+    ids: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype, padding_idx: int | None = None
+) -> Tensor:
+    """Return scaling * A^T[ids] B^T, the low-rank part of an adapted embedding, in `dtype`.
+
+    Shapes: ids (...) integers, lora_A (R, V), lora_B (O, R) -> (..., O). The row at `padding_idx` gets no gradient.
+    """
+    return F.linear(F.embedding(ids, lora_A.T, padding_idx).to(dtype) * scaling, lora_B.to(dtype))
+
+
+def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return the dense update of one layer, (B A) * scaling, in float32 (float64 for float64 factors).
+
+    Shapes: lora_A (R, I), lora_B (O, R) -> (O, I).
+    Raises: ShapeError if the two ranks differ.
+    """
+    if lora_A.shape[0] != lora_B.shape[1]:
+        raise ShapeError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not share a rank")
+    dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
+    return (lora_B.to(dtype) @ lora_A.to(dtype)) * scaling
+
+
+def fold(weight: Tensor, deltas: list[Tensor]) -> Tensor:
+    """Return weight + sum(deltas), summed in float32 (or wider, if the weight is) and rounded once to the weight's dtype."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for delta in deltas:
+        total += delta
+    return total.to(weight.dtype)
+
+
+def init_linear_pair(
+    r: int, in_features: int, out_features: int, init: bool | str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return a fresh (lora_A (R, I), lora_B (O, R)) in float32 for a linear layer.
+
+    `init`: True is kaiming-uniform A and zero B; "gaussian" is A ~ N(0, 1/r^2) and zero B; False leaves both random.
+    torch's generator is drawn from in the order PEFT does it, so one seed gives the same adapter in both.
+    """
+    lora_A, lora_B = torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+    torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    torch.nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    if init == "gaussian":
+        torch.nn.init.normal_(lora_A, std=1 / r)
+    elif init:
+        torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    return lora_A, torch.zeros_like(lora_B) if init else lora_B
+
+
+def init_embedding_pair(
+    r: int, num_embeddings: int, embedding_dim: int, init: bool | str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return a fresh (lora_A (R, V), lora_B (O, R)) in float32 for an embedding: A zero and B normal, or both random.
+
+    The zero is on the other side than in a linear layer, as in loralib and PEFT, and so is the order of the draws.
+    """
+    lora_A = torch.randn(r, num_embeddings, device=device)
+    lora_B = torch.randn(embedding_dim, r, device=device)
+    if init:
+        torch.nn.init.zeros_(lora_A)
+        torch.nn.init.normal_(lora_B)
+    return lora_A, lora_B

@@ -1,0 +1,32 @@
+"""Rows -> messages -> token ids and labels -> batches. Never touches a model.
+
+The road, one file each: `read` (rows out of files and Hub data sets), `messages` (rows to conversations), `render`
+(conversations to text with the answers marked), `encode` (text to ids and labels), `batches` (the epoch plan and the
+padded tensors), `preview` (the same, for people).
+
+`encode` and `preview` are functions in the modules of their names (`from luthier.data.encode import encode`): a package
+cannot offer a function and a module under one name.
+"""
+
+from luthier.core.lazy import lazy_names
+
+_HOMES = {
+    "Batch": "luthier.data.batches",
+    "EncodedRow": "luthier.data.encode",
+    "EncodedSet": "luthier.data.encode",
+    "Example": "luthier.data.messages",
+    "LabelCoverage": "luthier.data.coverage",
+    "Message": "luthier.data.messages",
+    "RowFormat": "luthier.data.formats",
+    "RowSet": "luthier.data.read",
+    "collate": "luthier.data.batches",
+    "plan_epoch": "luthier.data.batches",
+    "read_rows": "luthier.data.read",
+    "reference_answer": "luthier.data.encode",
+    "render_prompt": "luthier.data.encode",
+    "sniff_format": "luthier.data.formats",
+    "split_rows": "luthier.data.batches",
+    "to_examples": "luthier.data.messages",
+}
+
+__getattr__, __all__ = lazy_names(__name__, _HOMES)

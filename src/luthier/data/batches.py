@@ -1,0 +1,116 @@
+"""Rows to batches: which rows together, and as tensors. Never keeps state: an epoch's plan follows from (seed, epoch).
+
+Shapes: B rows of a batch, T tokens of its longest row, rounded up.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from luthier.core.errors import ConfigError, DataError
+from luthier.data.encode import UNLABELLED, EncodedRow
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows are sorted by length within a window of about this many batches: enough for little padding (under 3 % on rows of
+# mixed length), few enough that batches still differ from epoch to epoch.
+WINDOW_BATCHES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """input_ids, attention_mask and labels, each (B, T) int64; padded on the right."""
+
+    input_ids: "torch.Tensor"
+    attention_mask: "torch.Tensor"
+    labels: "torch.Tensor"
+
+
+def plan_epoch(
+    lengths: Sequence[int], *, batch_tokens: int, max_rows: int | None = None, seed: int, epoch: int, multiple_of: int = 8
+) -> list[list[int]]:
+    """Return the batches of one epoch, each a list of row indices; every row is in exactly one.
+
+    A batch costs its number of rows times its longest row as `collate` pads it, at most `batch_tokens`; a row that costs
+    more alone gets a batch of its own. Rows of like length are together, order is shuffled. The same arguments give the
+    same plan on any machine, so a resumed run rebuilds it.
+    Raises: ConfigError for a budget below 1; DataError for a row without tokens.
+    """
+    for name, value in (("batch_tokens", batch_tokens), ("max_rows", max_rows), ("multiple_of", multiple_of)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be 1 or more.")
+    empty = [index for index, length in enumerate(lengths) if length < 1]
+    if empty:
+        raise DataError(f"{len(empty)} rows have no tokens, the first of them row {empty[0]}.")
+    if not lengths:
+        return []
+    # Python's own generator, not torch's: its stream is promised across versions, and nobody else draws from it.
+    dice = random.Random(f"luthier epoch plan, seed {seed}, epoch {epoch}")
+    order = list(range(len(lengths)))
+    dice.shuffle(order)
+    padded = [padded_length(length, multiple_of) for length in lengths]
+    rows_per_batch = max(1, batch_tokens * len(padded) // sum(padded))
+    window = WINDOW_BATCHES * min(rows_per_batch, max_rows or rows_per_batch)
+    batches: list[list[int]] = []
+    for begin in range(0, len(order), window):
+        alike = sorted(order[begin : begin + window], key=lengths.__getitem__, reverse=True)
+        batches += _filled(alike, padded, batch_tokens, max_rows or len(order))
+    dice.shuffle(batches)
+    return batches
+
+
+def collate(rows: Sequence[EncodedRow], pad_id: int, *, multiple_of: int = 8) -> Batch:
+    """Return the rows as one Batch, padded on the right to the longest, rounded up to a multiple of `multiple_of`.
+
+    Padding is masked by position, so a `pad_id` that is also the stop token takes no label away.
+    """
+    import torch
+
+    if not rows:
+        raise DataError("A batch needs at least one row.")
+    T = padded_length(max(len(row) for row in rows), multiple_of)
+    shape = (len(rows), T)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, UNLABELLED, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row.input_ids)
+        attention_mask[index, : len(row)] = 1
+        labels[index, : len(row)] = torch.tensor(row.labels)
+    return Batch(input_ids, attention_mask, labels)
+
+
+def split_rows(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return (train, held out) indices of n rows, each in order; `fraction` of them is held out, one at least if any.
+
+    Split before encoding: `encode` may make several rows of one conversation, which belong on one side.
+    Raises: ConfigError for a fraction outside [0, 1); DataError where too few rows are there for two sides.
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"The held-out fraction is {fraction}; it must be at least 0 and below 1.")
+    if fraction == 0:
+        return list(range(n)), []
+    if n < 2:
+        raise DataError(f"{n} row{'' if n == 1 else 's'} cannot be split in two. Give more rows, or a fraction of 0.")
+    num_held_out = min(n - 1, max(1, round(n * fraction)))
+    held_out = set(random.Random(f"luthier held-out rows, seed {seed}").sample(range(n), num_held_out))
+    return [i for i in range(n) if i not in held_out], sorted(held_out)
+
+
+def padded_length(length: int, multiple_of: int) -> int:
+    """Return `length` rounded up to a multiple of `multiple_of`."""
+    return -(-length // multiple_of) * multiple_of
+
+
+def _filled(longest_first: Sequence[int], padded: Sequence[int], batch_tokens: int, max_rows: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room = 0
+    for index in longest_first:
+        if room == 0:
+            batches.append([])
+            room = max(1, min(max_rows, batch_tokens // padded[index]))  # its first row is its longest
+        batches[-1].append(index)
+        room -= 1
+    return batches

@@ -1,0 +1,106 @@
+"""adapter_config.json: PEFT's configuration file to LoraConfig and back.
+
+Every key PEFT 0.21 knows is written, so that PEFT and vLLM read the file without a warning. Lists are sorted: the same
+configuration gives the same bytes.
+"""
+
+import json
+import logging
+from typing import Any
+
+from luthier.core.config import LoraConfig
+from luthier.core.errors import AdapterFormatError, ConfigError
+
+log = logging.getLogger(__name__)
+
+PEFT_VERSION = "0.21.2"
+"""The version whose format this room writes."""
+
+# Keys that luthier does not use, with the value that means "not used".
+_UNUSED: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "monteclora_config": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Keys that say nothing about the adapter's function; what they hold when read does not matter.
+_INFORMATIONAL: dict[str, Any] = {
+    "auto_mapping": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "megatron_core": "megatron.core",
+    "peft_type": "LORA",
+    "peft_version": PEFT_VERSION,
+    "qalora_group_size": 16,
+}
+_IGNORED = {*_INFORMATIONAL, "runtime_config", "enable_lora"}
+# Inits that only say how the numbers began; the file holds the numbers.
+_SPENT_INITS = ("orthogonal", "eva")
+
+
+def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mapping: dict[str, str] | None = None) -> str:
+    """Return the text of adapter_config.json."""
+    values = _UNUSED | _INFORMATIONAL | config.model_dump()
+    values |= {"fan_in_fan_out": fan_in_fan_out, "auto_mapping": auto_mapping}
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values[key], list):
+            values[key] = sorted(values[key])
+    values["lora_alpha"] = _whole(values["lora_alpha"])
+    values["alpha_pattern"] = {key: _whole(value) for key, value in config.alpha_pattern.items()}
+    # Patterns are tried in their order, so their order is kept; everything else is sorted.
+    return json.dumps({key: values[key] for key in sorted(values)}, indent=2)
+
+
+def parse_config(text: str, where: str) -> LoraConfig:
+    """Return the LoraConfig of an adapter_config.json. Keys that are missing take PEFT's defaults (r=8, lora_alpha=8).
+
+    Raises: AdapterFormatError if it is not JSON, not LoRA, impossible, or uses a method that luthier cannot apply: an
+    adapter whose method were ignored would load and answer wrongly.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise AdapterFormatError(f"{where} is not JSON: {error}") from error
+    if not isinstance(data, dict) or "peft_type" not in data:
+        raise AdapterFormatError(f"{where} has no 'peft_type'; it is not a PEFT adapter's configuration")
+    if data["peft_type"] != "LORA":
+        raise AdapterFormatError(f"{where} has peft_type {data['peft_type']!r}; this version of luthier reads LORA")
+    used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {})}
+    init = data.get("init_lora_weights", True)
+    if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:
+        used["init_lora_weights"] = init
+    if used:
+        listed = ", ".join(f"{key}={value!r}" for key, value in used.items())
+        raise AdapterFormatError(f"{where} uses {listed}, which this version of luthier cannot apply")
+    known = LoraConfig.model_fields
+    if unknown := sorted(set(data) - set(known) - set(_UNUSED) - _IGNORED):
+        log.warning(f"{where}: unknown keys ignored: {', '.join(unknown)}")
+    values = {key: value for key, value in data.items() if key in known}
+    if init in _SPENT_INITS:
+        values["init_lora_weights"] = True
+    if values.get("target_modules") is None:
+        values["target_modules"] = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        values[key] = values.get(key) or {}
+    try:
+        return LoraConfig(**values)
+    except ConfigError as error:
+        raise AdapterFormatError(f"{where}: {error}") from error
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number

@@ -1,0 +1,34 @@
+"""README.md of an adapter folder: the model card that the Hub shows."""
+
+from typing import Any
+
+from luthier import __version__
+from luthier.core.config import LoraConfig
+from luthier.formats.adapter_config import PEFT_VERSION
+
+
+def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
+    """Return the card's text: front matter as PEFT writes it, then what the adapter is and how to load it."""
+    base = config.base_model_name_or_path or ""
+    lines = ["---", f"base_model: '{base}'", "library_name: peft"]
+    if config.task_type == "CAUSAL_LM":
+        lines.append("pipeline_tag: text-generation")
+    lines += ["tags:", f"- 'base_model:adapter:{base}'", "- lora", "- transformers", "---", ""]
+    lines += [f"# LoRA adapter for {base or 'a base model'}", ""]
+    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
+    lines += [f"- rank {config.r}, alpha {config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}", f"- on {targets}", ""]
+    if metrics:
+        lines += ["| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in sorted(metrics.items())]
+        lines += [""]
+    lines += [
+        "Load it with `luthier.load_adapter(model, folder)`, with PEFT's `PeftModel.from_pretrained(model, folder)`, or in vLLM.",
+        "",
+        f"Made with luthier {__version__}. `luthier.json` holds the fingerprint of its base and the recipe.",
+        "",
+        "### Framework versions",
+        "",
+        f"- PEFT {PEFT_VERSION}",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""An adapter folder as files: adapter_config.json, adapter_model.safetensors, and luthier.json beside them.
+
+luthier.json holds what PEFT has no place for: the fingerprint of the base, the recipe, metrics, and the digests of the
+other two files. PEFT and vLLM ignore it. This file never sees a model.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from luthier.core.atomic import new_folder
+from luthier.core.config import LoraConfig
+from luthier.core.errors import AdapterFormatError
+from luthier.formats.adapter_config import parse_config
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+NOTE_FILE = "luthier.json"
+FILES = frozenset({CONFIG_FILE, TENSOR_FILE, CARD_FILE, NOTE_FILE})
+NOTE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder holds: its configuration, its tensors under their names on disk, and luthier's note."""
+
+    path: Path
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    note: dict[str, Any] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> AdapterFolder:
+    """Read an adapter folder and check all that can be checked without a model.
+
+    Raises: AdapterFormatError if it is no adapter folder, a file is truncated or was changed since luthier wrote it, or a
+    tensor holds numbers that are not finite (all of them listed).
+    """
+    path = Path(path)
+    if not (path / CONFIG_FILE).is_file():
+        inside = sorted(entry.parent.name for entry in path.glob(f"*/{CONFIG_FILE}")) if path.is_dir() else []
+        hint = f" It has adapters inside: {', '.join(inside)}; name one of them." if inside else ""
+        raise AdapterFormatError(f"{path} is not an adapter folder: it has no {CONFIG_FILE}.{hint}")
+    config_text = _read_text(path / CONFIG_FILE)
+    note = _read_note(path)
+    if (path / TENSOR_FILE).is_file():
+        raw = (path / TENSOR_FILE).read_bytes()
+        _check_digests(path, note, {CONFIG_FILE: config_text.encode(), TENSOR_FILE: raw})
+        tensors = _parse_safetensors(path / TENSOR_FILE, raw)
+        num_bytes = len(raw)
+    elif (path / PICKLE_FILE).is_file():
+        tensors = _read_pickle(path / PICKLE_FILE, allow_pickle)
+        num_bytes = (path / PICKLE_FILE).stat().st_size
+    else:
+        raise AdapterFormatError(f"{path} has no {TENSOR_FILE}; the adapter was not written completely")
+    config = parse_config(config_text, str(path / CONFIG_FILE))
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise AdapterFormatError(f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
+    return AdapterFolder(path, config, tensors, note, num_bytes)
+
+
+def write_adapter(path: str | Path, config_text: str, tensors: dict[str, Tensor], card: str, note: dict[str, Any]) -> Path:
+    """Write an adapter folder in one step; an adapter that was there before is replaced whole or not at all.
+
+    The same input gives the same bytes. Raises: StorageError, AdapterFormatError for tensors that are not finite.
+    """
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise AdapterFormatError(f"not saved: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
+    raw = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, {"format": "pt"})
+    digests = {CONFIG_FILE: _sha256(config_text.encode()), TENSOR_FILE: _sha256(raw)}
+    with new_folder(Path(path), replaces=FILES) as folder:
+        (folder / TENSOR_FILE).write_bytes(raw)
+        (folder / CONFIG_FILE).write_text(config_text)
+        (folder / CARD_FILE).write_text(card)
+        (folder / NOTE_FILE).write_text(json.dumps({"format": NOTE_FORMAT, "files": digests} | note, indent=2, sort_keys=True))
+    return Path(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise AdapterFormatError(f"{path} is not text: {error}") from error
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    if not (path / NOTE_FILE).is_file():
+        return {}
+    try:
+        note = json.loads(_read_text(path / NOTE_FILE))
+    except ValueError as error:
+        raise AdapterFormatError(f"{path / NOTE_FILE} is damaged: {error}") from error
+    if not isinstance(note, dict) or note.get("format") != NOTE_FORMAT:
+        raise AdapterFormatError(f"{path / NOTE_FILE} has format {note.get('format') if isinstance(note, dict) else note!r}; this version reads {NOTE_FORMAT}")
+    return note
+
+
+def _check_digests(path: Path, note: dict[str, Any], contents: dict[str, bytes]) -> None:
+    recorded = note.get("files", {})
+    changed = [name for name, raw in contents.items() if name in recorded and recorded[name] != _sha256(raw)]
+    if changed:
+        raise AdapterFormatError(
+            f"{path}: {' and '.join(changed)} changed since the adapter was saved (the digests in {NOTE_FILE} disagree): "
+            f"truncated, damaged or edited. Restore the folder; or delete {NOTE_FILE}, and with it the record of its base and recipe."
+        )
+
+
+def _parse_safetensors(path: Path, raw: bytes) -> dict[str, Tensor]:
+    try:
+        return load(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterFormatError(f"{path} is truncated or not a safetensors file ({len(raw):,} bytes): {error}") from error
+
+
+def _read_pickle(path: Path, allowed: bool) -> dict[str, Tensor]:
+    if not allowed:
+        raise AdapterFormatError(f"{path} is a pickle, which can run code when it is read. Pass allow_pickle=True if you trust it.")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterFormatError(f"{path} cannot be read as plain weights: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise AdapterFormatError(f"{path} holds something other than named tensors")
+    return tensors
+
+
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,52 @@
+"""What PEFT calls each trained tensor on disk: `base_model.model.` + the module's path + a suffix by kind of layer.
+
+The adapter's name is not part of a key. Files whose keys still contain it, or lack the prefix, are understood too.
+"""
+
+import re
+from collections.abc import Iterable
+
+from luthier.adapt.planning import AttachPlan, PlannedLayer
+from luthier.adapt.state import AdapterParameter
+
+PREFIX = "base_model.model."
+
+
+def pair_key(path: str, role: str, word: str) -> str:
+    """Return the key of one tensor of a pair: `role` is lora_A, lora_B or bias, `word` the kind of layer."""
+    if role == "bias":
+        return f"{PREFIX}{path}.base_layer.bias"
+    return f"{PREFIX}{path}.{role.replace('lora_', 'lora_embedding_')}" if word == "embedding" else f"{PREFIX}{path}.{role}.weight"
+
+
+def item_key(item: AdapterParameter) -> str:
+    """Return the key of one trained tensor."""
+    return whole_key(item.path, item.key) if item.kind is None else pair_key(item.path, item.role, item.kind.word)
+
+
+def whole_key(path: str, key: str) -> str:
+    """Return the key of a replaced parameter."""
+    return f"{PREFIX}{path}.{key}"
+
+
+def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
+    """Return role -> shape of the tensors of one planned layer."""
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": (layer.r, layer.in_features), "lora_B": (layer.out_features, layer.r)}
+    return shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
+
+
+def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return key -> shape of all that the file of a planned adapter must hold; `whole` are its replaced parameters."""
+    pairs = {
+        pair_key(layer.path, role, layer.kind.word): shape
+        for layer in planned.layers
+        for role, shape in pair_shapes(layer).items()
+    }
+    return pairs | whole
+
+
+def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return key as found -> key as PEFT 0.21 writes it."""
+    keys = list(keys)
+    prefix = "" if any(key.startswith(PREFIX) for key in keys) else PREFIX
+    return {key: prefix + re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key) for key in keys}

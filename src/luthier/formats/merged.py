@@ -1,0 +1,69 @@
+"""save_merged(): write a whole checkpoint with the active adapters folded in, readable by plain transformers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.adapt.merging import merge, unmerge
+from luthier.adapt.state import adapter_prefixes, roster_of
+from luthier.core.atomic import new_folder
+from luthier.core.errors import AdapterStateError
+
+
+def save_merged(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Path:
+    """Write `model` with its active adapters merged to the folder `path`, and leave `model` as it was.
+
+    Weights that the merge gave two values (a tied embedding that only one side's adapter changed) are written as two, and
+    the configuration says that they are no longer tied. Raises: AdapterStateError, StorageError.
+    """
+    if not hasattr(type(model), "save_pretrained"):
+        raise AdapterStateError(f"a {type(model).__name__} has no save_pretrained; merge(model) and save its state_dict yourself")
+    was_merged = roster_of(model).is_merged
+    merge(model)
+    tied = getattr(model.config, "tie_word_embeddings", None)
+    try:
+        if tied and not _is_tied(model):
+            model.config.tie_word_embeddings = False
+        inside = adapter_prefixes(model)
+        weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+        with new_folder(Path(path)) as folder:
+            type(model).save_pretrained(model, folder, state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+    finally:
+        if tied is not None:
+            model.config.tie_word_embeddings = tied
+        if not was_merged:
+            unmerge(model)
+    return Path(path)
+
+
+def _is_tied(model: nn.Module) -> bool:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is None or embedding.weight is head.weight
+
+
+
+
+@dataclass(frozen=True)
+class MergeDifference:
+    """How far a merged model's logits are from the unmerged one's: relative to the largest logit, and in the likeliest token."""
+
+    relative: float
+    same_top: float
+
+
+def merge_difference(model: nn.Module, input_ids: Tensor) -> MergeDifference:
+    """Compare logits before and after merging on some token ids (B, T); the model is as before afterwards."""
+    with torch.no_grad():
+        unmerged = model(input_ids).logits.float()
+        merge(model)
+        try:
+            merged = model(input_ids).logits.float()
+        finally:
+            unmerge(model)
+    relative = float((merged - unmerged).abs().max() / unmerged.abs().max())
+    return MergeDifference(relative, float((merged.argmax(-1) == unmerged.argmax(-1)).float().mean()))

@@ -1,0 +1,152 @@
+"""AdaptedModule: what every module that carries adapters can do, whatever its own class is.
+
+Attaching changes the class of the existing module to a subclass of its class (so `isinstance` holds and a custom forward
+survives) and adds two dictionaries to it: `lora`, adapter name -> LoraPair, and `replacements`, adapter name -> a trained
+copy of the whole module (`modules_to_save`, or only its bias). The module's own parameters keep their names and bytes.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core.errors import AdapterStateError
+from luthier.layers.pair import LoraPair
+from luthier.layers.roster import Roster
+
+
+class AdaptedModule(nn.Module):
+    """A module with replacements. Subclasses for the kinds of layers add the low-rank part in `with_pair`."""
+
+    base_class: type[nn.Module]
+    roster: Roster
+    lora: nn.ModuleDict
+    replacements: nn.ModuleDict
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        live = self.roster.live
+        replaced = next((name for name in live if name in self.replacements), None)
+        if replaced is None:
+            output = super().forward(*args, **kwargs)
+        else:
+            output = self._forward_replaced(self.replacements[replaced], args, kwargs)
+        if pairs := [(name, weight) for name, weight in live.items() if name in self.lora]:
+            x = args[0] if args else next(iter(kwargs.values()))
+            for name, weight in pairs:
+                output = self.with_pair(output, x, cast(LoraPair, self.lora[name]), weight)
+        return output
+
+    def with_pair(self, output: Tensor, x: Tensor, pair: LoraPair, weight: float) -> Tensor:
+        """Return the layer's output with one adapter's low-rank part added, times `weight`."""
+        raise NotImplementedError(f"{type(self).__name__} carries no pairs")
+
+    def folded_deltas(self, pair: LoraPair, weight: float) -> dict[str, Tensor]:
+        """Return what one adapter adds to each of this layer's parameters, in float32 or wider."""
+        raise NotImplementedError(f"{type(self).__name__} carries no pairs")
+
+    def _forward_replaced(self, replacement: nn.Module, args: tuple, kwargs: dict) -> Any:
+        # The copies are float32 masters; they compute in the dtype of the parameters they stand for, as the pairs do.
+        own = dict(self.named_parameters(recurse=True))
+        cast_down = {
+            name: parameter.to(own[name].dtype)
+            for name, parameter in replacement.named_parameters()
+            if parameter.dtype != own[name].dtype
+        }
+        if not cast_down:
+            return replacement(*args, **kwargs)
+        return torch.func.functional_call(replacement, cast_down, args, kwargs)
+
+    def replaced_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (own parameter name, trained parameter) of one adapter's replacement, without those shared with the base."""
+        own = {id(parameter) for parameter in _own_parameters(self)}
+        for key, parameter in self.replacements[name].named_parameters():
+            if id(parameter) not in own:
+                yield key, parameter
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so copying and pickling must name its parts.
+        return _new_adapted, (_mixin_of(type(self)), self.base_class), self.__getstate__()
+
+
+def adapt(module: nn.Module, mixin: type[AdaptedModule], roster: Roster) -> AdaptedModule:
+    """Change the class of `module` so that it can carry adapters, and return it. A kind of layer is never taken back."""
+    if isinstance(module, AdaptedModule):
+        if mixin is not AdaptedModule:
+            module.__class__ = _adapted_class(mixin, module.base_class)
+        return module
+    module.__class__ = _adapted_class(mixin, type(module))
+    adapted = cast(AdaptedModule, module)
+    adapted.lora, adapted.replacements, adapted.roster = nn.ModuleDict(), nn.ModuleDict(), roster
+    adapted.lora.training = adapted.replacements.training = module.training
+    return adapted
+
+
+def restore(module: AdaptedModule) -> None:
+    """Give `module` its original class back. Its adapters must be gone."""
+    if module.lora or module.replacements:
+        raise AdapterStateError("a module still carries adapters")
+    del module.lora, module.replacements, module.roster
+    module.__class__ = module.base_class
+
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    """Return a trainable copy of a module: parameters in float32 at least, and the original class."""
+    return _as_masters(copy.deepcopy(_bare(module)))
+
+
+def bias_copy(module: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module that owns a float32 bias and shares every other parameter with it."""
+    clone = _bare(module)
+    clone._parameters["bias"] = nn.Parameter(whole_bias(module))
+    return clone
+
+
+def whole_bias(module: nn.Module) -> Tensor:
+    """Return a copy of a module's bias, in float32 at least."""
+    return _master(cast(Tensor, module.bias).detach())
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module in its original class, without adapters, with dictionaries of its own."""
+    clone = copy.copy(module)
+    clone._parameters, clone._buffers = dict(module._parameters), dict(module._buffers)
+    clone._modules = {key: child for key, child in module._modules.items() if key not in ("lora", "replacements")}
+    if isinstance(module, AdaptedModule):
+        del clone.__dict__["roster"]
+        clone.__class__ = module.base_class
+    return clone
+
+
+def _as_masters(module: nn.Module) -> nn.Module:
+    for child in module.modules():
+        for key, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[key] = nn.Parameter(_master(parameter.detach()))
+    return module
+
+
+def _master(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
+def _own_parameters(module: AdaptedModule) -> Iterator[nn.Parameter]:
+    for key, parameter in module.named_parameters():
+        if not key.startswith(("lora.", "replacements.")):
+            yield parameter
+
+
+@functools.cache
+def _adapted_class(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
+    return type(f"{mixin.__name__}[{base.__name__}]", (mixin, base), {"base_class": base, "__module__": mixin.__module__})
+
+
+def _mixin_of(adapted: type) -> type[AdaptedModule]:
+    return adapted.__bases__[0]
+
+
+def _new_adapted(mixin: type[AdaptedModule], base: type[nn.Module]) -> AdaptedModule:
+    adapted = _adapted_class(mixin, base)
+    return adapted.__new__(adapted)

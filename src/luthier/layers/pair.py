@@ -1,0 +1,31 @@
+"""LoraPair: the trained numbers of one adapter in one layer."""
+
+from torch import Tensor, nn
+
+from luthier.core.lora import lora_delta
+
+
+class LoraPair(nn.Module):
+    """lora_A (R, I) and lora_B (O, R) in float32, their scaling, and the layer's own bias (O,) where the adapter trains it.
+
+    For an embedding I is the number of rows of the table.
+    """
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None):
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.scaling = scaling
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    def delta(self) -> Tensor:
+        """Return the dense update (O, I), in float32 or wider."""
+        return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, scaling={self.scaling:g}"

@@ -1,0 +1,75 @@
+"""The number format a base model is loaded in, chosen by what the processor multiplies fast, with the reason in words.
+
+bfloat16 halves memory everywhere, but a processor without bf16 matrix products emulates them; there float32 is the
+faster and the more exact choice. This file never loads or converts a model.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier.core.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+BF16_FLAGS = {
+    "amx_bf16": "AMX",  # x86: Intel from Sapphire Rapids on
+    "avx512_bf16": "AVX512-BF16",  # x86: Intel from Cooper Lake, AMD from Zen 4 on
+    "bf16": "the Arm bf16 extension",
+}
+
+
+@dataclass(frozen=True)
+class DtypeChoice:
+    """A torch dtype and the sentence that says why it was taken; the sentence is meant to be printed."""
+
+    dtype: "torch.dtype"
+    reason: str
+
+
+def choose_dtype(requested: str = "auto", device: str = "cpu") -> DtypeChoice:
+    """Return the dtype to load a base model in.
+
+    Raises: ConfigError if `requested` is no dtype a model can be loaded in.
+    """
+    import torch
+
+    wanted = requested.lower().removeprefix("torch.")
+    if wanted in NAMES:
+        name = NAMES[wanted]
+        return DtypeChoice(getattr(torch, name), f"{name}, as requested.")
+    if wanted != "auto":
+        raise ConfigError(
+            f"dtype {requested!r} is unknown.{did_you_mean(wanted, NAMES)} Write auto, {', '.join(sorted(set(NAMES.values())))}."
+        )
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return DtypeChoice(torch.bfloat16, "bfloat16: this GPU multiplies it at full speed.")
+        return DtypeChoice(torch.float32, "float32: this GPU has no bf16 units, and float16 overflows in training.")
+    unit = fast_bf16_unit()
+    if unit is not None:
+        return DtypeChoice(torch.bfloat16, f"bfloat16: this processor multiplies it in hardware ({unit}).")
+    return DtypeChoice(
+        torch.float32, "float32: this processor has no bf16 matrix products; bfloat16 would halve memory and be slower."
+    )
+
+
+def fast_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """Return the name of the processor's bf16 matrix unit, or None where it has none (or the system does not say)."""
+    try:
+        text = cpuinfo.read_text(errors="replace")
+    except OSError:
+        return None
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
+    return next((unit for flag, unit in BF16_FLAGS.items() if flag in flags), None)

@@ -1,0 +1,118 @@
+"""A run on the screen: a live bar where there is a terminal, a line now and then where there is none, and the reports."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from luthier.train.loop import EvalRecord, StepRecord
+from luthier.train.preflight import Preflight
+
+PLAIN_SECONDS = 10.0
+
+
+class Display:
+    """Shows steps as they happen. Use it as a context manager around the run."""
+
+    def __init__(self, console: Console, num_steps: int, done: int = 0):
+        self.console, self.num_steps = console, num_steps
+        self.loss: float | None = None
+        self.held_out = ""
+        self.rate = 0.0
+        self.peak_bytes = 0
+        self.process = psutil.Process()
+        self.last_line = time.monotonic()
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=num_steps, completed=done, note="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def on_step(self, record: StepRecord) -> None:
+        self.loss = record.loss if self.loss is None else 0.9 * self.loss + 0.1 * record.loss
+        rate = record.tokens / record.seconds
+        self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
+        held = self.process.memory_info().rss
+        self.peak_bytes = max(self.peak_bytes, held)
+        note = f"loss {self.loss:.4f}{self.held_out}, {self.rate:,.0f} tokens/s, {gib(held)}"
+        self.bar.update(self.task, completed=record.step, note=note)
+        if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
+            self.last_line = time.monotonic()
+            left = record.seconds * (self.num_steps - record.step)
+            self.console.print(f"step {record.step}/{self.num_steps}, {note}, about {duration(left)} left", highlight=False)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        self.held_out = f", held out {record.eval_loss:.4f}{' (best)' if record.is_best else ''}"
+        if not self.console.is_terminal:
+            self.console.print(f"step {record.step}/{self.num_steps}{self.held_out}", highlight=False)
+
+
+def preflight_report(found: Preflight, plan: str, sample: RenderableType | None = None) -> RenderableType:
+    """Render what a run is about to do."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    memory = found.memory
+    table.add_row("base", f"{found.model}, in {found.dtype}")
+    table.add_row("rows", f"{found.rows}; {found.coverage['rows']:,} to train on, {found.held_out_rows:,} held out")
+    table.add_row("trained", plan)
+    table.add_row("steps", f"{found.steps:,} in {found.epochs} epoch(s), {found.tokens:,} tokens")
+    table.add_row(
+        "memory",
+        f"about {gib(memory.peak_bytes)} ({gib(memory.held_bytes)} held now, {gib(memory.activation_bytes)} activations, "
+        f"{gib(memory.logit_bytes)} logits, {gib(memory.optimizer_bytes)} optimiser) of {gib(psutil.virtual_memory().available)} free",
+    )
+    if found.seconds is not None:
+        table.add_row("time", f"about {duration(found.seconds)}, from one timed pass; evaluations come on top")
+    for warning in found.warnings:
+        table.add_row("note", warning)
+    parts: list[RenderableType] = [Panel(table, title="before the first step", title_align="left")]
+    return Group(*parts, sample) if sample is not None else Group(*parts)
+
+
+def summary_report(summary: dict[str, Any]) -> RenderableType:
+    """Render what came of a run."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("ended", f"{summary['ended']} after {summary['steps']} of {summary['planned_steps']} steps, {duration(summary['seconds'])}")
+    table.add_row("speed", f"{summary['tokens_per_s']:,.0f} tokens/s ({summary['labelled_tokens']:,} answer tokens of {summary['tokens']:,})")
+    if summary["loss"] is not None:
+        table.add_row("loss", f"{summary['loss']:.4f} over the last steps")
+    if summary["best_eval_loss"] is not None:
+        table.add_row("held out", f"{summary['best_eval_loss']:.4f} at step {summary['best_step']}, the one that was kept")
+    table.add_row("memory", f"{gib(summary['peak_bytes'])} at most")
+    table.add_row("adapter", f"{summary['adapter']} ({summary['adapter_bytes'] / 1e6:.1f} MB; the base is {summary['base_bytes'] / 1e6:,.0f} MB)")
+    if summary["plot"]:
+        table.add_row("picture", summary["plot"])
+    for command in summary["next"]:
+        table.add_row("next", command)
+    return Panel(table, title="summary", title_align="left")
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,249 @@
+"""The Trainer: step, evaluate, checkpoint, until the plan is done. What, how, and what is not here:
+
+A step adds up the loss of its micro-batches as a sum over answer tokens, divided by the number of answer tokens in the whole
+step: two batches of one row each count as one batch of two. Everything a step depends on (adapter, AdamW's moments, the
+generators, the position in the plan) is in a checkpoint, so a killed run that is resumed ends with the same bits.
+
+Not here: which rows go together (schedule.py), the loss (luthier.engine), files (runfolder.py), the screen (display.py).
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from luthier.adapt.state import adapter_parameters
+from luthier.core.errors import CheckpointError, TrainingError
+from luthier.data.batches import Batch, collate
+from luthier.engine.score import answer_loss, held_out_loss
+from luthier.formats.adapters import save_adapter
+from luthier.formats.folder import read_adapter
+from luthier.formats.keys import item_key
+from luthier.train.prepare import ADAPTER, Prepared
+from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
+from luthier.train.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+EVALUATIONS_PER_RUN = 10
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimiser step did: a line of run.jsonl."""
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    labelled_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation: a line of run.jsonl."""
+
+    step: int
+    eval_loss: float
+    is_best: bool
+
+
+class Observer(Protocol):
+    """Whoever wants to see a run go by."""
+
+    def on_step(self, record: StepRecord) -> None: ...
+
+    def on_eval(self, record: EvalRecord) -> None: ...
+
+
+class Trainer:
+    """Trains the adapter of a prepared run in its folder. `run()` carries on from wherever the folder's last checkpoint is."""
+
+    def __init__(self, prepared: Prepared, folder: RunFolder, observer: Observer | None = None):
+        self.prepared, self.folder, self.observer = prepared, folder, observer
+        self.settings = prepared.settings.train
+        self.model = prepared.base.model
+        self.items = list(adapter_parameters(self.model, ADAPTER))
+        self.parameters = [item.parameter for item in self.items]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+        )
+        self.progress = Progress(digests={"data": prepared.rows.digest})
+        self.saved_step = 0
+        self.num_steps = len(prepared.steps)
+        self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
+        self.stop_requested = False
+        if self.settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def run(self) -> str:
+        """Train until the plan is done, and return why it ended: "finished", "early stop" or "interrupted".
+
+        After an interruption (`stop_requested`) the state is in a checkpoint. Raises: TrainingError, StorageError; the last
+        checkpoint is intact then.
+        """
+        self.model.train()
+        try:
+            while self.progress.step < self.num_steps:
+                self._train_step()
+                done = self.progress.step
+                if self._is_due(self.eval_every) and self.prepared.rows.held_out is not None:
+                    self._evaluate()
+                if self._is_due(self.eval_every) or self._is_due(self.settings.save_every):
+                    self.save()
+                if self.settings.patience and self.progress.evals_without_gain >= self.settings.patience:
+                    return "early stop"
+                if self.stop_requested and done < self.num_steps:
+                    self.save()
+                    return "interrupted"
+        finally:
+            self.model.eval()
+        return "finished"
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state, if there is none yet."""
+        if self.saved_step == self.progress.step:
+            return
+        state = {f"{name}.{index:05d}": value for index, name, value in self._moments()}
+        self.folder.save_checkpoint(self.progress, state | random_state(), self.write_adapter)
+        self.saved_step = self.progress.step
+
+    def restore(self, progress: Progress, state: dict[str, Tensor]) -> None:
+        """Take up the state of a checkpoint; its adapter was attached by `prepare`. Raises: CheckpointError."""
+        if progress.digests.get("data") != self.prepared.rows.digest:
+            raise CheckpointError(
+                f"the rows of {self.prepared.settings.data.path} are not those this run began with; restore the file, or start a new run"
+            )
+        for index, parameter in enumerate(self.parameters):
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(progress.step)),
+                "exp_avg": state[f"exp_avg.{index:05d}"].to(parameter.device),
+                "exp_avg_sq": state[f"exp_avg_sq.{index:05d}"].to(parameter.device),
+            }
+        restore_random_state(state)
+        self.progress, self.saved_step = progress, progress.step
+        self.folder.cut_log(progress.step)
+
+    def write_adapter(self, path: Path, metrics: dict[str, Any] | None = None) -> None:
+        """Write the adapter as it is now, with the recipe that makes it again."""
+        recipe = self.prepared.settings.model_dump(mode="json", exclude={"out"})
+        recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.progress.step
+        save_adapter(self.model, path, ADAPTER, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
+
+    def take_best(self) -> None:
+        """Put the adapter of the best evaluation into the model, if it is not the present one."""
+        best = self.progress.best_step
+        if not best or best == self.progress.step:
+            return
+        stored = read_adapter(self.folder.step_folder(best) / "adapter").tensors
+        with torch.no_grad():
+            for item in self.items:
+                item.parameter.copy_(stored[item_key(item)])
+
+    def micro_batch(self, indices: list[int]) -> Batch:
+        """Return the rows with these indices as one padded batch."""
+        return collate([self.prepared.rows.train.rows[index] for index in indices], self.prepared.pad_id)
+
+    def _train_step(self) -> None:
+        began = time.perf_counter()
+        step = self.progress.step
+        epoch, micro_batches = self.prepared.steps[step]
+        batches = [self.micro_batch(indices) for indices in micro_batches]
+        labelled = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            loss_sum, _ = answer_loss(self.model, batch)
+            (loss_sum / labelled).backward()
+            loss += loss_sum.item() / labelled
+        self._check_loss(loss, micro_batches)
+        if step == 0:
+            self._check_gradients()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        rate = learning_rate(step, self.num_steps, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        seconds = time.perf_counter() - began
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.labelled_tokens += labelled
+        self.progress.seconds += seconds
+        record = StepRecord(self.progress.step, epoch, loss, rate, norm, tokens, labelled, seconds)
+        self.folder.append_log(asdict(record))
+        if self.observer is not None:
+            self.observer.on_step(record)
+
+    def _evaluate(self) -> None:
+        assert self.prepared.rows.held_out is not None
+        began = time.perf_counter()
+        loss = held_out_loss(self.model, self.prepared.rows.held_out.rows, self.prepared.pad_id).loss
+        progress = self.progress
+        is_best = progress.best_loss is None or loss < progress.best_loss
+        if is_best:
+            progress.best_loss, progress.best_step, progress.evals_without_gain = loss, progress.step, 0
+        else:
+            progress.evals_without_gain += 1
+        progress.seconds += time.perf_counter() - began
+        record = EvalRecord(progress.step, loss, is_best)
+        self.folder.append_log(asdict(record))
+        if self.observer is not None:
+            self.observer.on_eval(record)
+
+    def _is_due(self, every: int | None) -> bool:
+        return bool(every) and (self.progress.step % (every or 1) == 0 or self.progress.step == self.num_steps)
+
+    def _moments(self) -> list[tuple[int, str, Tensor]]:
+        return [
+            (index, name, self.optimizer.state[parameter][name].detach().cpu())
+            for index, parameter in enumerate(self.parameters)
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+
+    def _check_loss(self, loss: float, micro_batches: list[list[int]]) -> None:
+        if math.isfinite(loss):
+            return
+        rows = sorted(self.prepared.rows.train.rows[index].row for indices in micro_batches for index in indices)
+        raise TrainingError(
+            f"the loss of step {self.progress.step + 1} is {loss} (rows {rows[:8]}{' ...' if len(rows) > 8 else ''}). Nothing was "
+            f"updated; the last checkpoint is at step {self.saved_step}. Try a lower learning rate (now "
+            f"{self.settings.learning_rate:g}) or dtype float32."
+        )
+
+    def _check_gradients(self) -> None:
+        """A pair that gets no gradient in the first step is not part of the forward pass: training it would do nothing."""
+        moved: dict[str, bool] = {}
+        for item in self.items:
+            gradient = item.parameter.grad
+            got = gradient is not None and bool(gradient.any())
+            moved[item.path] = moved.get(item.path, False) or got
+        still = [path for path, got in moved.items() if not got]
+        if len(still) == len(moved):
+            raise TrainingError("no part of the adapter received a gradient in the first step; nothing would be learned")
+        if still:
+            log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {', '.join(still[:5])}")
+
+
+def stop_on_signal(trainer: Trainer) -> Callable[[int, Any], None]:
+    """Return a signal handler that lets the step finish and a checkpoint be written; a second signal stops at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+
+    return handle

@@ -1,0 +1,44 @@
+"""The loss curve as a picture."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from luthier.core.atomic import write_atomic
+from luthier.core.errors import MissingExtraError
+
+SMOOTHING = 0.9
+
+
+def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training loss (each step, and smoothed) and held-out loss over steps into a PNG. Raises: MissingExtraError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plots", "drawing the loss curve") from None
+    trained = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
+        axes.plot([step for step, _ in trained], smoothed([loss for _, loss in trained]), color="tab:blue", label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
+        best = min(held_out, key=lambda pair: pair[1])
+        axes.annotate(f"best {best[1]:.4f}", best, textcoords="offset points", xytext=(4, 8))
+    axes.set(title=title, xlabel="optimiser step", ylabel="loss per answer token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(path, picture.getvalue())
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Return the exponential moving average, without the bias towards its start."""
+    total, weight, out = 0.0, 0.0, []
+    for value in values:
+        total, weight = SMOOTHING * total + value, SMOOTHING * weight + 1
+        out.append(total / weight)
+    return out

@@ -1,0 +1,107 @@
+"""From settings to everything a run needs in memory: model, tokenizer, adapter, encoded rows, the plan of steps."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier.adapt.attaching import attach
+from luthier.adapt.planning import AttachPlan, plan
+from luthier.core.config import LoraConfig
+from luthier.data.batches import split_rows
+from luthier.data.encode import EncodedSet, encode
+from luthier.data.formats import sniff_format
+from luthier.data.messages import Example, to_examples
+from luthier.data.read import read_rows
+from luthier.formats.adapters import fingerprint_of, load_adapter
+from luthier.formats.fingerprint import Fingerprint
+from luthier.models.load import LoadedModel, load_model
+from luthier.train.schedule import Step, plan_steps
+from luthier.train.settings import DataSettings, RunSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER = "default"
+
+
+@dataclass
+class Rows:
+    """The rows of a run: examples as read, encoded for training, and what they were told apart by."""
+
+    train: EncodedSet
+    held_out: EncodedSet | None
+    held_out_examples: list[Example]
+    description: str
+    digest: str
+
+
+@dataclass
+class Prepared:
+    """A run that could start now."""
+
+    settings: RunSettings
+    base: LoadedModel
+    rows: Rows
+    plan: AttachPlan
+    steps: list[tuple[int, Step]]
+    fingerprint: Fingerprint
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id_of(self.base.tokenizer)
+
+
+def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None, adapter: Path | None = None) -> Prepared:
+    """Load, encode and attach what `settings` name; `adapter` is a saved one to go on from instead of a fresh one.
+
+    Raises: ConfigError, ModelError, DataError, TargetError, each before anything is trained or written.
+    """
+    tell = tell or (lambda message: None)
+    tell(f"Reading {settings.data.path}")
+    base = load_model(settings.model, dtype=settings.dtype, progress=tell)
+    rows = read_and_encode(settings.data, base.tokenizer, settings.train.seed)
+    lora = named_base(settings.lora, base)
+    if adapter is None:
+        torch.manual_seed(settings.train.seed)
+        planned = attach(base.model, lora, ADAPTER)
+    else:
+        load_adapter(base.model, adapter, ADAPTER, trainable=True)
+        planned = plan(base.model, lora)
+    steps = plan_steps(rows.train.lengths, settings.train)
+    return Prepared(settings, base, rows, planned, steps, fingerprint_of(base.model))
+
+
+def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Rows:
+    """Read the rows, hold some out, and encode both. Rows are told apart before encoding: a conversation stays on one side."""
+    rows = read_rows(data.path, limit=data.limit)
+    templates: dict[str, Any] = {"prompt_template": data.prompt, "completion_template": data.completion, "system": data.system}
+    description = "columns through the templates of [data]" if data.prompt else sniff_format(rows.rows).description
+    examples = to_examples(rows.rows, **templates)
+    digest = rows.digest
+    if data.eval_path is not None:
+        held_out_rows = read_rows(data.eval_path)
+        held_out = to_examples(held_out_rows.rows, **templates)
+        digest = hashlib.sha256((digest + held_out_rows.digest).encode()).hexdigest()
+    else:
+        train_index, held_out_index = split_rows(len(examples), data.eval_fraction, seed)
+        held_out = [examples[index] for index in held_out_index]
+        examples = [examples[index] for index in train_index]
+    train_set = encode(examples, tokenizer, max_length=data.max_length)
+    held_out_set = encode(held_out, tokenizer, max_length=data.max_length) if held_out else None
+    return Rows(train_set, held_out_set, held_out, description, digest)
+
+
+def named_base(lora: LoraConfig, base: LoadedModel) -> LoraConfig:
+    """Record which base the adapter is for: the name it was asked for by, since the folder is this machine's own."""
+    if lora.base_model_name_or_path:
+        return lora
+    return LoraConfig(**(dict(lora) | {"base_model_name_or_path": str(base.spec)}))
+
+
+def pad_id_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return a token id to pad with; which one does not matter, since padding is masked by position."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

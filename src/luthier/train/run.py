@@ -1,0 +1,151 @@
+"""train(): one run from settings to a finished adapter; the table of contents of this room."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from luthier.adapt.state import base_parameters
+from luthier.core.atomic import write_atomic
+from luthier.core.errors import CheckpointError, MissingExtraError
+from luthier.data.preview import preview
+from luthier.train.display import Display, preflight_report, summary_report
+from luthier.train.loop import Trainer, stop_on_signal
+from luthier.train.plot import plot_losses, smoothed
+from luthier.train.preflight import Preflight, preflight
+from luthier.train.prepare import Prepared, prepare
+from luthier.train.runfolder import SUMMARY_FILE, RunFolder
+from luthier.train.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What train() leaves: the model with its adapter attached, the report of the preflight, and the summary."""
+
+    prepared: Prepared
+    preflight: Preflight
+    summary: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return Path(self.summary["adapter"])
+
+
+def train(settings: RunSettings, *, console: Console | None = None) -> Outcome:
+    """Train an adapter as `settings` say, into the new folder `settings.out`.
+
+    Raises: ConfigError, ModelError, DataError, TargetError and CheckpointError before anything is written; TrainingError and
+    StorageError later, with the last checkpoint intact.
+    """
+    console = console or Console(quiet=True)
+    prepared = prepare(settings, tell=console.log if console.is_terminal else console.print)
+    folder = RunFolder.create(settings)
+    return _carry_out(Trainer(prepared, folder), console)
+
+
+def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
+    """Carry on with the run in the folder `path` from its last checkpoint; it ends as if it had never stopped.
+
+    Raises: CheckpointError if it is no run folder, damaged, finished, or its rows changed.
+    """
+    console = console or Console(quiet=True)
+    folder, settings = RunFolder.open(path)
+    if (folder.path / SUMMARY_FILE).exists():
+        raise CheckpointError(f"{path} is finished; its adapter is {folder.adapter}. Start a new run to train more.")
+    found = folder.load_checkpoint()
+    prepared = prepare(settings, tell=console.print, adapter=found[2] if found else None)
+    trainer = Trainer(prepared, folder)
+    if found is not None:
+        trainer.restore(found[0], found[1])
+        console.print(f"Resumed at step {trainer.progress.step} of {trainer.num_steps}.")
+    else:
+        folder.cut_log(0)
+        console.print("No checkpoint was written yet; beginning anew.")
+    return _carry_out(trainer, console)
+
+
+def dry_run(settings: RunSettings, *, console: Console | None = None) -> Preflight:
+    """Do everything but train: read, encode, attach, look, and say what would happen. Writes nothing."""
+    console = console or Console(quiet=True)
+    prepared = prepare(settings, tell=console.print)
+    found = preflight(Trainer(prepared, RunFolder(settings.out)))
+    console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer)))
+    return found
+
+
+def _carry_out(trainer: Trainer, console: Console) -> Outcome:
+    prepared = trainer.prepared
+    found = preflight(trainer)
+    console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer, rows=1)))
+    with Display(console, trainer.num_steps, trainer.progress.step) as display, _graceful_stop(trainer):
+        trainer.observer = display
+        ended = trainer.run()
+    if ended == "interrupted":
+        console.print(f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}")
+        return Outcome(prepared, found, _summary(trainer, ended, display.peak_bytes))
+    trainer.take_best()
+    metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
+    trainer.write_adapter(trainer.folder.adapter, metrics)
+    summary = _summary(trainer, ended, display.peak_bytes)
+    write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
+    console.print(summary_report(summary))
+    return Outcome(prepared, found, summary)
+
+
+def _summary(trainer: Trainer, ended: str, peak_bytes: int) -> dict[str, Any]:
+    progress, folder, prepared = trainer.progress, trainer.folder, trainer.prepared
+    records = folder.read_log()
+    losses = [record["loss"] for record in records if "loss" in record]
+    plot = folder.plot
+    try:
+        plot_losses(records, plot, f"{prepared.base.spec}, {prepared.settings.data.path}")
+    except MissingExtraError as error:
+        plot = None
+        trainer_note = str(error)
+    else:
+        trainer_note = ""
+    adapter_file = folder.adapter / "adapter_model.safetensors"
+    step_seconds = sum(record["seconds"] for record in records if "seconds" in record)
+    data = prepared.settings.data
+    judge = f"luthier eval {folder.path}" + (f" --data {data.eval_path}" if data.eval_path else "")
+    return {
+        "ended": ended,
+        "steps": progress.step,
+        "planned_steps": trainer.num_steps,
+        "seconds": progress.seconds,
+        "tokens": progress.tokens,
+        "labelled_tokens": progress.labelled_tokens,
+        "tokens_per_s": progress.tokens / step_seconds if step_seconds else 0.0,
+        "loss": smoothed(losses)[-1] if losses else None,
+        "best_eval_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "peak_bytes": peak_bytes,
+        "run": str(folder.path),
+        "adapter": str(folder.adapter),
+        "adapter_bytes": adapter_file.stat().st_size if adapter_file.exists() else 0,
+        "base_bytes": sum(tensor.numel() * tensor.element_size() for _, tensor in base_parameters(prepared.base.model)),
+        "plot": str(plot) if plot else None,
+        "note": trainer_note,
+        "next": [judge, f"luthier generate --model {prepared.base.spec} --adapter {folder.adapter}"],
+    }
+
+
+@contextmanager
+def _graceful_stop(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM finish the step and write a checkpoint. Only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = stop_on_signal(trainer)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

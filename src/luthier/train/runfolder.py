@@ -1,0 +1,148 @@
+"""The folder of a run: settings, log, checkpoints and the finished adapter.
+
+    config.toml           the resolved settings; `luthier train --resume` reads them
+    run.jsonl             one line per step and per evaluation
+    loss.png              the loss curve
+    checkpoints/step-N/   adapter/, optimizer.safetensors, state.json: all that an exact continuation needs
+    adapter/              the best adapter of the run (the last one, where nothing was held out)
+    summary.json          what came of it
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from luthier.core.atomic import leftovers, new_folder, write_atomic
+from luthier.core.errors import CheckpointError
+from luthier.train.settings import RunSettings, read_settings
+
+CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.toml", "run.jsonl", "summary.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` optimiser steps. Everything here is plain data and is written into checkpoints."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    evals_without_gain: int = 0
+    tokens: int = 0
+    labelled_tokens: int = 0
+    seconds: float = 0.0
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+class RunFolder:
+    """Reads and writes one run's folder; each write is atomic."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.log = self.path / LOG_FILE
+        self.plot = self.path / "loss.png"
+
+    @classmethod
+    def create(cls, settings: RunSettings) -> "RunFolder":
+        """Start a new run. Raises: CheckpointError if the folder already holds one."""
+        run = cls(settings.out)
+        if (run.path / CONFIG_FILE).exists():
+            raise CheckpointError(f"{run.path} already holds a run; continue it with --resume {run.path}, or choose another --out")
+        write_atomic(run.path / CONFIG_FILE, settings.to_toml())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple["RunFolder", RunSettings]:
+        """Open a run to continue it, and clear away what a killed writer left. Raises: CheckpointError."""
+        run = cls(path)
+        if not (run.path / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{path} is not a run folder: it has no {CONFIG_FILE}")
+        for folder in (run.path, run.checkpoints):
+            for leftover in leftovers(folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+                leftover.unlink(missing_ok=True)
+        return run, read_settings(run.path / CONFIG_FILE).changed(out=str(path))  # type: ignore[return-value]
+
+    def save_checkpoint(self, progress: Progress, optimizer: dict[str, Tensor], write_adapter: Any) -> Path:
+        """Write one checkpoint. `write_adapter(folder)` writes the adapter; `optimizer` are tensors by name."""
+        path = self.step_folder(progress.step)
+        raw = save(optimizer)
+        state = asdict(progress) | {"optimizer_sha256": hashlib.sha256(raw).hexdigest()}
+        if path.exists():
+            shutil.rmtree(path)
+        with new_folder(path) as folder:
+            write_adapter(folder / "adapter")
+            (folder / "optimizer.safetensors").write_bytes(raw)
+            (folder / "state.json").write_text(json.dumps(state, indent=2))
+        self._prune({progress.step, progress.best_step})
+        return path
+
+    def load_checkpoint(self) -> tuple[Progress, dict[str, Tensor], Path] | None:
+        """Return (progress, optimiser tensors, adapter folder) of the last checkpoint; None if there is none yet.
+
+        Raises: CheckpointError if it is damaged.
+        """
+        folders = sorted(self.checkpoints.glob("step-*"))
+        if not folders:
+            return None
+        last = folders[-1]
+        try:
+            state: dict[str, Any] = json.loads((last / "state.json").read_text())
+            raw = (last / "optimizer.safetensors").read_bytes()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{last} is damaged: {error}. Remove it to continue from the one before.") from error
+        if hashlib.sha256(raw).hexdigest() != state.pop("optimizer_sha256", None):
+            raise CheckpointError(f"{last}/optimizer.safetensors is damaged. Remove {last} to continue from the one before.")
+        return Progress(**state), load(raw), last / "adapter"
+
+    def step_folder(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def append_log(self, record: dict[str, Any]) -> None:
+        with self.log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the log's records; a last line that a killed writer left half-written is passed over."""
+        records = []
+        for line in self.log.read_text().splitlines() if self.log.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def cut_log(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run does these steps again."""
+        kept = [record for record in self.read_log() if record["step"] <= step]
+        write_atomic(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def _prune(self, keep: set[int]) -> None:
+        names = {self.step_folder(step).name for step in keep}
+        for folder in self.checkpoints.glob("step-*"):
+            if folder.name not in names:
+                shutil.rmtree(folder)
+
+
+def random_state() -> dict[str, Tensor]:
+    """Return torch's generators' states as tensors."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        state[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    """Set torch's generators to what random_state returned."""
+    torch.set_rng_state(state["rng.cpu"])
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"rng.cuda.{index}" in state:
+            torch.cuda.set_rng_state(state[f"rng.cuda.{index}"], index)

