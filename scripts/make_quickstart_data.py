@@ -4,7 +4,7 @@
     python scripts/make_quickstart_data.py --out DIR  writes them to DIR instead
 
 Every phrase below was written by hand for this project. A request is one sentence about the work (a *core*), perhaps a day,
-perhaps a name, in changing order; a quarter of the held-out set and an eighth of the training set are whole requests
+perhaps a name, in changing order; a quarter of the held-out set and a ninth of the training set are whole requests
 written one by one, so that the rows do not all smell of templates. The same seed gives the same bytes on every machine.
 
 Held-out rows never share a name with a training row, and come in three parts, in this order: HELDOUT_SEEN rows whose
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 1833  # the year a certain guitar maker opened shop in New York
-TRAIN_USES_OF_EACH_CORE = 4
+TRAIN_USES_OF_EACH_CORE = 3
 HELDOUT_SEEN, HELDOUT_UNSEEN = 30, 30
 MAX_WORDS = 21  # keeps a request near 30 tokens; prompt tokens are most of the training time
 
@@ -36,12 +36,20 @@ INSTRUMENTS: dict[str | None, tuple[str, ...]] = {
     "banjo": ("banjo", "tenor banjo", "5-string banjo"),
     "violin": ("violin", "fiddle"),
 }
-NO_INSTRUMENT = ("my instrument", "this old thing", "an instrument")
+NO_INSTRUMENT = ("my instrument", "this old thing", "this instrument", "an instrument")
 OWNERS = ("my", "my", "my old", "my", "this", "the", "my daughter's", "our", "my beloved", "a friend's", "my '72")
 ORDERED = ("a", "a", "a custom", "a new", "a travel-size", "a left-handed")
 
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-SHORT_DAYS = {"monday": "Mon", "tuesday": "Tue", "wednesday": "Wed", "thursday": "Thurs", "friday": "Fri"}
+SHORT_DAYS = {
+    "monday": "Mon",
+    "tuesday": "Tue",
+    "wednesday": "Wed",
+    "thursday": "Thurs",
+    "friday": "Fri",
+    "saturday": "Sat",
+    "sunday": "Sun",
+}
 RELATIVE_DAYS = ("today", "tomorrow")
 
 
@@ -72,6 +80,11 @@ TRAIN = Phrases(
             "please pull the old frets and fit new ones on {i}{d}.",
             "there are grooves in the frets of {i}, please change them{d}.",
             "looking for a fret job on {i}{d}.",
+            "strip the worn frets from {i} and hammer in fresh ones{d}.",
+            "I need taller frets on {i}{d}.",
+            "{i} has flat spots on the first five frets, please renew them{d}.",
+            "please give {i} a fret job{d}.",
+            "{i} wants gold frets, could you do that{d}?",
         ),
         "setup": (
             "{i} needs a setup{d}.",
@@ -85,6 +98,11 @@ TRAIN = Phrases(
             "please check the action and intonation on {i}{d}.",
             "regular setup for {i}{d}, please.",
             "{i} has a nasty buzz, could you sort it out{d}?",
+            "{i} feels stiff, can you make it play easier{d}?",
+            "please give {i} a checkup and lower the strings{d}.",
+            "{i} rattles on the low notes, can you cure it{d}?",
+            "can you make {i} play in tune again{d}?",
+            "the neck of {i} has bowed, please straighten it{d}.",
         ),
         "restring": (
             "can you restring {i}{d}?",
@@ -98,6 +116,11 @@ TRAIN = Phrases(
             "I'd like a string change on {i}{d}.",
             "the strings on {i} are dead. Can you replace them{d}?",
             "just a restring for {i}{d}.",
+            "I'd like bronze strings on {i}{d}.",
+            "all the strings on {i} have gone black, please renew them{d}.",
+            "could {i} have a clean set of strings{d}?",
+            "{i} broke its top string, can you restring it{d}?",
+            "time for a change of strings on {i}{d}.",
         ),
         "repair": (
             "{i} has a crack in the top, can you fix it{d}?",
@@ -111,6 +134,11 @@ TRAIN = Phrases(
             "the back of {i} is coming apart, please glue it{d}.",
             "{i} has a hole in the side, can you patch it{d}?",
             "the neck joint on {i} is loose, could you repair it{d}?",
+            "I stepped on {i} and the side caved in. Can you save it{d}?",
+            "the heel of {i} has split, can you mend it{d}?",
+            "{i} was crushed in the van, please put it back together{d}.",
+            "the headstock of {i} broke off, can you fix it{d}?",
+            "my toddler threw {i} out of the window, is it fixable{d}?",
         ),
         "wiring": (
             "can you rewire {i}{d}?",
@@ -124,6 +152,11 @@ TRAIN = Phrases(
             "I'd like humbuckers fitted to {i}{d}.",
             "the tone knob on {i} does nothing, can you check the wiring{d}?",
             "{i} cuts out on stage, can you solder it{d}?",
+            "the cable won't stay in {i}, please replace the jack{d}.",
+            "one pickup on {i} went quiet, can you test it{d}?",
+            "I'd like a kill switch installed in {i}{d}.",
+            "please solder the loose wire inside {i}{d}.",
+            "{i} buzzes through the amp, please ground it{d}.",
         ),
         "refinish": (
             "can you refinish {i}{d}?",
@@ -137,6 +170,11 @@ TRAIN = Phrases(
             "I want {i} in sea green, can you paint it{d}?",
             "please touch up the lacquer on {i}{d}.",
             "could {i} get a matte oil finish{d}?",
+            "please take {i} back to bare wood and oil it{d}.",
+            "chips all over {i}, could you repaint it{d}?",
+            "I want {i} white instead of brown{d}.",
+            "could you french polish {i}{d}?",
+            "can you make {i} shine again{d}?",
         ),
         "build": (
             "I'd like to order {a}, can I come in{v}?",
@@ -150,6 +188,11 @@ TRAIN = Phrases(
             "I'd like {a} made of walnut, can we talk{v}?",
             "do you take orders for {a}? I can visit{v}.",
             "I'm after {a}, handmade. Can we discuss it{v}?",
+            "how long would you take to make {a}?",
+            "I'd love {a} of my own, built by you. May I call{v}?",
+            "I have the wood for {a}, would you build it?",
+            "please quote me for building {a}.",
+            "my wife wants {a} made by hand, can we come{v}?",
         ),
         "appraisal": (
             "what is {i} worth? I can bring it in{v}.",
@@ -163,6 +206,11 @@ TRAIN = Phrases(
             "I'd like a valuation for {i}{d}.",
             "can you tell me the age and value of {i}{d}?",
             "I want to sell {i}, what should I ask for it?",
+            "how much is {i} worth these days?",
+            "I need a price for {i} before I sell it.",
+            "can you put a figure on {i}{d}?",
+            "a dealer offered me 300 for {i}, is that fair?",
+            "please look at {i} and tell me its market value{d}.",
         ),
     },
     deadlines=(" by {D}", " by {D}", " before {D}", " on {D}", " by {D} night"),
@@ -174,7 +222,14 @@ TRAIN = Phrases(
         "Mara,Tobias,Ines,Okafor,Priya,Lars,Yuki,Fatima,Diego,Hannah,Samir,Greta,Owen,Chiara,Bruno,Leila,Piotr,Naomi,Felix,"
         "Amara,Jonas,Wei,Elif,Rosa,Kofi,Sven,Alma,Marcus,Dana,Ravi,Clara,Hugo,Nadia,Theo,Mina,Ivan,Lucia,Omar,Freya,Pablo,"
         "Ana Ruiz,Tom Baker,Mrs. Lind,Mr. Sato,Joe Marsh,Kim Park,Dr. Weiss,Eva Novak,Ben Carter,Lena Vogt,Ali Demir,Zoë,"
-        "José,Björn,Siobhan,Thandiwe,Giulia,Matteo,Ursula,Viktor,Wanda,Xavier,Yara,Anton,Beatriz,Cedric,Doris,Emil"
+        "José,Björn,Siobhan,Thandiwe,Giulia,Matteo,Ursula,Viktor,Wanda,Xavier,Yara,Anton,Beatriz,Cedric,Doris,Emil,"
+        "Abel,Agatha,Akira,Alonso,Anneke,Arjun,Astrid,Aurelio,Ayla,Barnaby,Basil,Bogdan,Brigid,Calum,Carmela,Chidi,"
+        "Cornelia,Cosima,Dario,Deirdre,Dmitri,Edith,Elodie,Emre,Esther,Fabio,Farida,Fergal,Fiona,Gideon,Gudrun,Gustavo,"
+        "Hamish,Hector,Hiroshi,Ilona,Imani,Ingrid,Isolde,Jacinta,Jarek,Jelena,Juliet,Kamal,Katya,Keiko,Kwame,Lachlan,"
+        "Leopold,Lorenzo,Ludwig,Maeve,Malik,Marisol,Milos,Mireille,Nikhil,Norbert,Odette,Olga,Orla,Osman,Otto,Padma,"
+        "Pascal,Perpetua,Philippa,Quincy,Rafael,Ramona,Reinhold,Roisin,Rosalind,Rupert,Sabine,Santiago,Selma,Shreya,"
+        "Sigrid,Solveig,Stefan,Tadeo,Tamar,Terence,Tomasz,Ulrike,Valentina,Vikram,Wilhelmina,Winston,Yusuf,Zainab,Zoltan,"
+        "Peter Ash,Ms. Ito,Gail Hooper,Mr. Dunne,Tess Moran,Raj Patel"
     ),
 )
 
@@ -389,8 +444,8 @@ def compose(rng: random.Random, task: str, core: str, phrases: Phrases, names: S
 
 def pick_instrument(rng: random.Random, task: str) -> tuple[str | None, str]:
     """Return the instrument of the record and how the customer puts it."""
-    if rng.random() < 0.08:
-        return None, rng.choice(NO_INSTRUMENT[2:] if task == "build" else NO_INSTRUMENT[:2])
+    if rng.random() < 0.14:
+        return None, rng.choice(NO_INSTRUMENT[3:] if task == "build" else NO_INSTRUMENT[:3])
     kinds = [kind for kind in INSTRUMENTS if kind != "violin" or task != "refret"]  # violins have no frets
     if task == "wiring":
         kinds = ["electric guitar", "bass"]
@@ -412,7 +467,7 @@ def say_day(rng: random.Random, day: str | None, core: str, phrases: Phrases) ->
     """Return the day as words inside the core and as a sentence of its own: one of them, or neither."""
     if day is None:
         return "", ""
-    word = SHORT_DAYS.get(day, day.capitalize()) if rng.random() < 0.1 else day.capitalize()
+    word = SHORT_DAYS.get(day, day.capitalize()) if rng.random() < 0.15 else day.capitalize()
     inside = phrases.deadlines if "{d}" in core else phrases.visits if "{v}" in core else ()
     if inside and rng.random() < 0.7:
         if day in RELATIVE_DAYS:

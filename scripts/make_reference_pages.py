@@ -7,7 +7,7 @@ differs from what this script would write, or when anything on it lacks a descri
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def settings_models() -> list[type]:
         importlib.import_module(module.name)
 
     def below(model: type) -> Iterator[type]:
+        child: type
         for child in model.__subclasses__():
             yield child
             yield from below(child)
@@ -94,7 +95,7 @@ def settings_page(models: list[Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return a Markdown table; a bar inside a cell is escaped and a line break becomes a space."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)

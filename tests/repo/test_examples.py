@@ -21,6 +21,6 @@ def test_example_runs(example: Path, smollm2: Path, tmp_path: Path) -> None:
     # smollm2 has put the model into the cache, where the example finds it by the same name.
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
     run = subprocess.run(
-        [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]

@@ -1,20 +1,19 @@
 """attach() and detach(): put an adapter into a model's layers, and take it out again with the base bit-identical."""
 
 import logging
-import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
-from luthier.adapt.state import adapted_modules, adapter_parameters, find_roster, roster_of
+from luthier.adapt.state import adapted_modules, adapter_parameters, adapter_prefixes, check_whole, find_roster, roster_of
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError, AdapterStateError
 from luthier.core.lora import init_embedding_pair, init_linear_pair
 from luthier.core.names import check_adapter_name
-from luthier.layers.base import AdaptedModule, adapt, bias_copy, restore, whole_bias, whole_copy
+from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, restore, whole_bias, whole_copy
 from luthier.layers.pair import LoraPair
 from luthier.layers.roster import Roster
 
@@ -44,29 +43,34 @@ def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMak
         raise AdapterStateError(f"adapters {list(roster.active)} are merged into the weights; unmerge(model) first")
     if roster is not None and name in roster.configs:
         raise AdapterStateError(f"this model already has an adapter {name!r}; detach it first, or use another name")
+    if roster is not None:
+        _check_covers(model, roster)
+        check_whole(model, roster)
+    # Everything that can fail is made first, so that a failure leaves the model as it was.
+    pairs = {layer: _pair(planned, layer, modules[layer.path], make_pair) for layer in planned.layers}
+    replacements = {path: whole_copy(modules[path]) for path in planned.saved}
+    replacements |= {path: bias_copy(modules[path]) for path in planned.biases}
+
     if roster is None:
         roster = Roster(base_requires_grad={key: tensor.requires_grad for key, tensor in model.named_parameters()})
         model.requires_grad_(False)
-        _guard_save_pretrained(model)
-
-    for layer in planned.layers:
-        module = modules[layer.path]
-        lora_A, lora_B = make_pair(planned, layer, module.weight.device)
-        bias = whole_bias(module) if layer.trains_bias else None
-        pair = LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias)
-        adapt(module, layer.kind.mixin, roster).lora[name] = pair.train(module.training)
-    for path in planned.saved:
-        replacement = whole_copy(modules[path])
-        adapt(modules[path], AdaptedModule, roster).replacements[name] = replacement
-    for path in planned.biases:
-        replacement = bias_copy(modules[path])
+        _guard_save_pretrained(model, roster)
+    for layer, pair in pairs.items():
+        adapt(modules[layer.path], layer.kind.mixin, roster).lora[name] = pair
+    for path, replacement in replacements.items():
         adapt(modules[path], AdaptedModule, roster).replacements[name] = replacement
     roster.configs[name] = planned.config
-    if not roster.active:
+    if len(roster.configs) == 1:
         roster.active = {name: 1.0}
     for warning in planned.warnings:
         log.warning(warning)
     return planned
+
+
+def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
+    lora_A, lora_B = make_pair(planned, layer, cast(Tensor, module.weight).device)
+    bias = whole_bias(module) if layer.trains_bias else None
+    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias).train(module.training)
 
 
 def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -85,6 +89,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         roster.check(name)
     if roster.is_merged:
         raise AdapterStateError("adapters are merged into the weights; unmerge(model) first, so that the base comes back exactly")
+    check_whole(model, roster)
+    if changed := [path for path, module in adapted_modules(model) if not is_restorable(module)]:
+        raise AdapterStateError(
+            f"the class of {changed[0]} and {len(changed) - 1} more modules was changed again after attaching (sharding?), "
+            "so their original classes cannot be put back"
+        )
     for gone in [name] if name is not None else list(roster.configs):
         roster.configs.pop(gone)
         roster.active.pop(gone, None)
@@ -100,7 +110,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             parameter.requires_grad_(roster.base_requires_grad.get(key, parameter.requires_grad))
 
 
-def set_trainable(model: nn.Module, name: str, trainable: bool) -> list[Tensor]:
+def set_trainable(model: nn.Module, name: str, trainable: bool) -> list[nn.Parameter]:
     """Switch gradients of one adapter's parameters on or off, and return these parameters."""
     parameters = [item.parameter for item in adapter_parameters(model, name)]
     for parameter in parameters:
@@ -113,19 +123,35 @@ def check_name_on(modules: dict[str, nn.Module], name: str) -> None:
     taken = {segment for path in modules for segment in path.split(".")}
     taken |= {key for module in modules.values() for key in module._parameters}
     check_adapter_name(name, taken)
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(f"adapter name {name!r} is a word that torch keeps for itself; use another")
 
 
-def _guard_save_pretrained(model: nn.Module) -> None:
+def _guard_save_pretrained(model: nn.Module, roster: Roster) -> None:
     if hasattr(type(model), "save_pretrained"):
-        # On the instance, as a bound method: a deepcopy of the model gets a guard bound to the copy.
-        model.save_pretrained = types.MethodType(_refuse_save_pretrained, model)  # type: ignore[assignment]
+        model.save_pretrained = _RefuseSave(roster)  # type: ignore[assignment]
 
 
-def _refuse_save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
-    raise AdapterStateError(
-        f"adapters {sorted(roster_of(model).configs)} are attached: a checkpoint written now would be read back without them. "
-        "save_adapter(model, folder) writes the adapter, save_merged(model, folder) the model with the adapter folded in; "
-        "or detach(model) first."
-    )
+class _RefuseSave:
+    """Stands in for `save_pretrained` on the instance. An object, since a function there could be copied but not pickled."""
+
+    def __init__(self, roster: Roster):
+        self.roster = roster
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AdapterStateError(
+            f"adapters {sorted(self.roster.configs)} are attached: a checkpoint written now would be read back without them. "
+            "save_adapter(model, folder) writes the adapter, save_merged(model, folder) the model with the adapter folded in; "
+            "or detach(model) first."
+        )
+
+
+def _check_covers(model: nn.Module, roster: Roster) -> None:
+    """Raise AdapterStateError where earlier adapters sit in a part of `model` only: the rest of it was never frozen."""
+    inside = adapter_prefixes(model)
+    own = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+    if fresh := [name for name in own if name not in roster.base_requires_grad]:
+        raise AdapterStateError(
+            f"adapters are attached to a part of this model only, one without {fresh[0]!r}; "
+            "attach to the same part, or detach them from it first"
+        )

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from safetensors import safe_open
@@ -20,9 +22,6 @@ class Kept(Protocol):
     def restored(self) -> nn.Parameter:
         """Return the original parameter, bit for bit."""
 
-    def discard(self) -> None:
-        """Free what keeping it took."""
-
 
 class Keeper(Protocol):
     """Keeps the originals of one merge."""
@@ -32,14 +31,13 @@ class Keeper(Protocol):
 
 
 class KeptInMemory:
+    """The parameter itself."""
+
     def __init__(self, parameter: nn.Parameter):
         self.parameter = parameter
 
     def restored(self) -> nn.Parameter:
         return self.parameter
-
-    def discard(self) -> None:
-        pass
 
 
 class MemoryKeeper:
@@ -69,19 +67,33 @@ class KeptInFile:
             raise StorageError(f"{self.path} no longer holds the original bytes of {self.name}; reload the base model")
         return nn.Parameter(tensor.to(self.device), requires_grad=self.requires_grad)
 
-    def discard(self) -> None:
-        pass
+
+class _TemporaryFolder:
+    """A folder that is removed with the last reference to it, or with the process. Copies of a model share it."""
+
+    def __init__(self, parent: str | Path | None):
+        self.path = Path(tempfile.mkdtemp(prefix="luthier-unmerged-", dir=parent))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def __deepcopy__(self, memo: object) -> "_TemporaryFolder":
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise AdapterStateError("the base weights of this merged model are in a temporary folder; unmerge(model) first")
 
 
 class DiskKeeper:
     """One file a parameter, in a temporary folder that goes with the last of them."""
 
     def __init__(self, model: nn.Module, folder: str | Path | None):
-        self.folder = tempfile.TemporaryDirectory(prefix="luthier-unmerged-", dir=folder)
+        try:
+            self.folder = _TemporaryFolder(folder)
+        except OSError as error:
+            raise StorageError(f"cannot make a folder for the originals in {folder}: {error}. The model is unchanged.") from error
         self.count = 0
 
     def keep(self, name: str, parameter: nn.Parameter) -> Kept:
-        path = Path(self.folder.name) / f"{self.count:05d}.safetensors"
+        path = self.folder.path / f"{self.count:05d}.safetensors"
         self.count += 1
         try:
             save_file({name: parameter.detach().contiguous().cpu()}, path)
@@ -91,21 +103,19 @@ class DiskKeeper:
 
 
 class KeptOnDisk(KeptInFile):
-    """A file of its own; it holds on to the temporary folder so that the folder outlives it."""
+    """A file of its own; it holds on to the temporary folder, which goes when nothing needs it any more."""
 
-    def __init__(self, path: Path, name: str, parameter: nn.Parameter, folder: tempfile.TemporaryDirectory):
+    def __init__(self, path: Path, name: str, parameter: nn.Parameter, folder: _TemporaryFolder):
         super().__init__(path, name, parameter)
         self.folder = folder
-
-    def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
 
 
 class CheckpointKeeper:
     """Nothing is written: the base's own safetensors files hold the originals, and are checked now."""
 
     def __init__(self, model: nn.Module, folder: str | Path | None):
-        self.folder = Path(folder or getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "name_or_path", ""))
+        told = getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "name_or_path", "")
+        self.folder = Path(folder or told)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             self.files = json.loads(index.read_text())["weight_map"]
@@ -113,7 +123,10 @@ class CheckpointKeeper:
             with safe_open(self.folder / "model.safetensors", "pt") as file:
                 self.files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
-            raise AdapterStateError(f"keep='checkpoint' needs the base's folder with safetensors files; {str(self.folder)!r} has none")
+            raise AdapterStateError(
+                f"keep='checkpoint' needs the base's folder with safetensors files; {str(folder or told)!r} has none. "
+                "Pass folder=, or use keep='memory' or keep='disk'."
+            )
 
     def keep(self, name: str, parameter: nn.Parameter) -> Kept:
         if name not in self.files:
@@ -127,11 +140,10 @@ class _NotKept:
     def restored(self) -> nn.Parameter:
         raise AdapterStateError("the adapter was merged with keep='nothing'; the base weights are gone. Load the base again.")
 
-    def discard(self) -> None:
-        pass
-
 
 class NothingKeeper:
+    """Lets go of the originals: the least memory, and no way back."""
+
     def __init__(self, model: nn.Module, folder: str | Path | None):
         pass
 

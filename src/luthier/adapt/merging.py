@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapt.keep import KEEPERS, Kept, MemoryKeeper
-from luthier.adapt.state import adapted_modules, roster_of
-from luthier.core.errors import AdapterFormatError, AdapterStateError
+from luthier.adapt.state import adapted_modules, check_whole, roster_of
+from luthier.core.errors import AdapterFormatError, AdapterStateError, ConfigError, did_you_mean
 from luthier.core.lora import fold
-from luthier.layers.base import AdaptedModule
 from luthier.layers.kinds import folding_is_exact
 from luthier.layers.pair import LoraPair
 
@@ -33,11 +32,9 @@ class Fold:
     merged: nn.Parameter
     kept: Kept
 
-    def show_merged(self) -> None:
-        self.module._parameters[self.key] = self.merged
-
-    def show_base(self) -> None:
-        self.module._parameters[self.key] = self.kept.restored()
+    def show(self, parameter: nn.Parameter) -> None:
+        """Put `parameter` where this fold is."""
+        self.module._parameters[self.key] = parameter
 
 
 def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None = None) -> None:
@@ -49,9 +46,15 @@ def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None 
     `name_or_path` names, checked bit for bit now and by digest later), or "nothing" (no way back).
 
     Raises: AdapterStateError (nothing active, or a layer whose own forward is not linear in its weight), AdapterFormatError
-    (an update that is not finite). The model is unchanged then.
+    (an update that is not finite), ConfigError (another word for `keep`, or a `folder` without a use), StorageError (an
+    original that cannot be set aside). The model is unchanged then.
     """
+    if keep not in KEEPERS:
+        raise ConfigError(f"keep={keep!r} is not one of {', '.join(map(repr, KEEPERS))}.{did_you_mean(str(keep), KEEPERS)}")
+    if folder is not None and keep not in ("disk", "checkpoint"):
+        raise ConfigError(f"folder has no effect with keep={keep!r}; leave it out, or use keep='disk' or keep='checkpoint'")
     roster = roster_of(model)
+    check_whole(model, roster)
     if roster.is_merged:
         return
     if not roster.active:
@@ -63,26 +66,25 @@ def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None 
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     folds = []
     for path, owner, key, merged in new:
-        name, original = f"{path}.{key}" if path else key, owner._parameters[key]
+        original = cast(nn.Parameter, owner._parameters[key])
         # A weight that another module holds too stays in memory anyway, and must come back as the same, shared object.
         own_keeper = MemoryKeeper(model, None) if holders[id(original)] > 1 else keeper
-        folds.append(Fold(name, owner, key, merged, own_keeper.keep(name, original)))
+        folds.append(Fold(_dotted(path, key), owner, key, merged, own_keeper.keep(_dotted(path, key), original)))
     for each in folds:
-        each.show_merged()
+        each.show(each.merged)
     roster.folds = folds
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the base parameters back, the same objects with the same bits, and add the adapters in the forward pass again.
+    """Put the base parameters back, with the same bits, and add the adapters in the forward pass again.
 
-    Unmerging an unmerged model does nothing. Raises: AdapterStateError if the merge was asked to keep nothing.
+    Those kept in memory come back as the same objects. Unmerging an unmerged model does nothing. Raises: AdapterStateError if
+    the merge was asked to keep nothing, StorageError if what it set aside cannot be read; the model stays merged then.
     """
     roster = roster_of(model)
     originals = [(each, each.kept.restored()) for each in roster.folds]
     for each, original in originals:
-        each.module._parameters[each.key] = original
-    for each, _ in originals:
-        each.kept.discard()
+        each.show(original)
     roster.folds = []
 
 
@@ -91,33 +93,36 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
     new = []
     for path, module in adapted_modules(model):
         deltas: dict[str, list[Tensor]] = {}
+        replaced: dict[str, Tensor] = {}
         for name, weight in roster.active.items():
             if name in module.lora:
                 for key, delta in module.folded_deltas(cast(LoraPair, module.lora[name]), weight).items():
                     deltas.setdefault(key, []).append(delta)
             if name in module.replacements:
-                new += _replaced(path, module, name)
+                replaced |= {key: trained.detach() for key, trained in module.replaced_parameters(name, every_name=True)}
         if deltas and not folding_is_exact(module):
             raise AdapterStateError(
                 f"{path} is a {module.base_class.__name__} with a forward of its own, so folding the update into its weight "
                 "may change its output; leave it unmerged"
             )
-        for key, parts in deltas.items():
-            new.append(_checked(path, module, key, fold(module._parameters[key].detach(), parts)))
+        # One adapter may replace a layer that another one adapts: the update goes on top of the replacement, as it runs.
+        for key in replaced | deltas:
+            owner_path, _, last = key.rpartition(".")
+            owner = module.get_submodule(owner_path)
+            own = owner._parameters[last]
+            assert own is not None
+            merged = fold(replaced.get(key, own.detach()), deltas.get(key, [])).to(own.dtype)
+            new.append((_dotted(path, owner_path), owner, last, _checked(_dotted(path, key), merged)))
     return new
 
 
-def _replaced(path: str, module: AdaptedModule, name: str) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
-    found = []
-    for key, trained in module.replaced_parameters(name):
-        owner_path, _, last = key.rpartition(".")
-        owner = module.get_submodule(owner_path)
-        full = ".".join(part for part in (path, owner_path) if part)
-        found.append(_checked(full, owner, last, trained.detach().to(owner._parameters[last].dtype)))
-    return found
-
-
-def _checked(path: str, owner: nn.Module, key: str, merged: Tensor) -> tuple[str, nn.Module, str, nn.Parameter]:
+def _checked(name: str, merged: Tensor) -> nn.Parameter:
     if not torch.isfinite(merged).all():
-        raise AdapterFormatError(f"merging would put numbers that are not finite into {path}.{key}; the adapter is damaged")
-    return path, owner, key, nn.Parameter(merged, requires_grad=False)
+        raise AdapterFormatError(
+            f"merging would put numbers that are not finite into {name}; the adapter is damaged, or too large for {merged.dtype}"
+        )
+    return nn.Parameter(merged, requires_grad=False)
+
+
+def _dotted(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,6 +1,7 @@
 """plan(): what attaching would do, before anything is touched. attach() carries out exactly this."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -9,8 +10,9 @@ from luthier.adapt.state import adapter_prefixes
 from luthier.core.config import ALL_LINEAR, LoraConfig
 from luthier.core.errors import TargetError, did_you_mean
 from luthier.core.lora import lora_scaling
-from luthier.core.names import is_inside_saved, is_saved_whole, is_target, matches_name, pattern_value
-from luthier.layers.kinds import LayerKind, layer_kind, why_not
+from luthier.core.names import block_index, is_inside_saved, is_saved_whole, is_target, matches_any, matches_name, pattern_value
+from luthier.layers.base import own_parameters
+from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_not
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
     Raises: TargetError if a target matches nothing (with near misses) or names a layer that cannot be adapted.
     """
     modules = base_modules(model)
-    config = resolve_all_linear(model, modules, config)
-    faults: list[str] = []
+    given, config = config, resolve_all_linear(model, modules, config)
+    saved = {path: _count(module) for path, module in modules.items() if path and is_saved_whole(config, path)}
+    faults = _saved_faults(modules, saved)
     layers = []
     for path, module in modules.items():
         if not path or not is_target(config, path):
@@ -82,24 +85,26 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             faults.append(f"{path} is a {_class_name(module)}; only Linear, Embedding and Conv1D layers can be adapted")
         elif reason := why_not(module, modules[path.rpartition(".")[0]]):
             faults.append(f"{path}: {reason}")
+        elif whole := _holder(path, saved):
+            faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
         else:
             layers.append(_planned(config, path, module, kind))
-    if faults:
-        raise TargetError(_listed(f"target_modules names {len(faults)} module(s) that cannot be adapted", faults))
-    unmatched = _unmatched(config, modules)
-    if unmatched:
-        raise TargetError(_listed("the configuration names modules that this model does not have", unmatched))
-
-    saved = {path: _count(module) for path, module in modules.items() if path and is_saved_whole(config, path)}
+    faults += _unmatched(config, modules)
     biases = {}
     if config.bias == "all":
         paired = {layer.path for layer in layers}
         for path, module in modules.items():
             bias = module._parameters.get("bias")
-            if bias is not None and path not in paired and not is_inside_saved(config, path):
-                biases[path] = bias.numel()
-    base = {id(parameter): parameter.numel() for module in modules.values() for parameter in module._parameters.values() if parameter is not None}
-    return AttachPlan(config, tuple(layers), saved, biases, sum(base.values()), _warnings(model, config, layers, saved))
+            if not path or bias is None or path in paired or _holder(path, saved):
+                continue
+            if reason := why_hidden(module, modules[path.rpartition(".")[0]]):
+                faults.append(f"bias='all' trains the bias of {path}: {reason}")
+            biases[path] = bias.numel()
+    if faults:
+        raise TargetError(_listed(f"the configuration does not fit this {_class_name(model)} ({len(faults)} faults)", faults))
+    return AttachPlan(
+        config, tuple(layers), saved, biases, _count(model), _warnings(model, modules, given, config, layers, saved)
+    )
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -112,17 +117,28 @@ def resolve_all_linear(model: nn.Module, modules: dict[str, nn.Module], config: 
     """Return `config` with 'all-linear' written out: every linear layer but the output head, as PEFT does."""
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
         return config
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
     heads = {id(head)} if head is not None else {id(getattr(model, name, None)) for name in ("score", "classifier")}
+    admitted = {
+        path: module
+        for path, module in modules.items()
+        if path and not matches_any(config.exclude_modules, path) and not is_inside_saved(config, path)
+    }
     linear = [
         path
-        for path, module in modules.items()
-        if path and (kind := layer_kind(module)) and kind.word != "embedding" and id(module) not in heads
-        and not why_not(module, modules[path.rpartition(".")[0]])
+        for path, module in admitted.items()
+        if is_linear(module) and id(module) not in heads and not why_not(module, modules[path.rpartition(".")[0]])
     ]
     if not linear:
-        raise TargetError(f"target_modules='{ALL_LINEAR}' found no linear layer in this {_class_name(model)}")
-    return LoraConfig(**(dict(config) | {"target_modules": _shortest_names(linear, modules)}))
+        raise TargetError(f"target_modules='{ALL_LINEAR}' found no linear layer that can be adapted in this {_class_name(model)}")
+    return LoraConfig(**(dict(config) | {"target_modules": _shortest_names(linear, admitted)}))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether 'all-linear' means this kind of module."""
+    kind = layer_kind(module)
+    return kind is not None and kind.word != "embedding"
 
 
 def _shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
@@ -152,9 +168,14 @@ def _unmatched(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
             faults.append(f"target_modules={config.target_modules!r} matches no module. Layers here: {', '.join(names)}")
     else:
         for entry in config.target_modules:
-            if not any(matches_name(entry, path) and is_target(config, path) for path in modules):
-                why = "is excluded or outside layers_to_transform" if any(matches_name(entry, path) for path in modules) else "matches nothing"
-                faults.append(f"target_modules entry {entry!r} {why}.{did_you_mean(entry, [*names, *adaptable])} Layers here: {', '.join(names)}")
+            matched = [path for path in modules if matches_name(entry, path)]
+            if not any(is_target(config, path) for path in matched):
+                what = f"target_modules entry {entry!r}"
+                faults.append(
+                    f"{what} matches only what is excluded, saved whole or outside layers_to_transform"
+                    if matched
+                    else f"{what} matches nothing.{did_you_mean(entry, [*names, *adaptable])} Layers here: {', '.join(names)}"
+                )
     for entry in config.modules_to_save or ():
         if not any(path.endswith(entry) for path in modules):
             known = {path.rsplit(".", 1)[-1] for path in modules if path}
@@ -162,12 +183,32 @@ def _unmatched(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
     return faults
 
 
-def _warnings(model: nn.Module, config: LoraConfig, layers: list[PlannedLayer], saved: dict[str, int]) -> tuple[str, ...]:
-    found = []
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        for expression in getattr(config, field_name):
-            if not any(pattern_value({expression: True}, layer.path, False) for layer in layers):
-                found.append(f"{field_name} key {expression!r} matches no adapted layer and has no effect")
+def _saved_faults(modules: dict[str, nn.Module], saved: dict[str, int]) -> list[str]:
+    faults = []
+    for path in saved:
+        if reason := why_hidden(modules[path], modules[path.rpartition(".")[0]]):
+            faults.append(f"modules_to_save: {path}: {reason}")
+        if whole := _holder(path.rpartition(".")[0], saved):
+            faults.append(f"modules_to_save: {path} lies in {whole}, which is saved whole already")
+        if not any(True for _ in own_parameters(modules[path])):
+            faults.append(f"modules_to_save: {path} has no parameters to train")
+    return faults
+
+
+def _holder(path: str, saved: dict[str, int]) -> str | None:
+    """Return the module of `saved` that `path` is or lies in."""
+    return next((whole for whole in saved if f"{path}.".startswith(f"{whole}.")), None)
+
+
+def _warnings(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    given: LoraConfig,
+    config: LoraConfig,
+    layers: list[PlannedLayer],
+    saved: dict[str, int],
+) -> tuple[str, ...]:
+    found = [*_without_effect(modules, config, layers), *_left_out(modules, given)]
     for paths in _tied_modules(model).values():
         touched = [path for path in paths if path in saved or any(layer.path == path for layer in layers)]
         if touched and len(paths) > 1:
@@ -177,9 +218,40 @@ def _warnings(model: nn.Module, config: LoraConfig, layers: list[PlannedLayer], 
                 + (f" and leaves {' and '.join(others)} as the base has it" if others else ", each by its own update")
                 + ". A merge gives each its own copy."
             )
-    if config.lora_dropout and any(layer.kind.word == "embedding" for layer in layers):
-        found.append("lora_dropout has no effect on embedding layers")
     return tuple(found)
+
+
+def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for expression in getattr(config, field_name):
+            if not any(pattern_value({expression: True}, layer.path, False) for layer in layers):
+                yield f"{field_name} key {expression!r} matches no adapted layer and has no effect"
+    excluded = config.exclude_modules or []
+    for entry in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(matches_any(excluded if isinstance(excluded, str) else [entry], path) for path in modules):
+            yield f"exclude_modules entry {entry!r} matches nothing and has no effect"
+    chosen = config.layers_to_transform
+    for index in [chosen] if isinstance(chosen, int) else chosen or []:
+        if not any(block_index(layer.path, config.layers_pattern) == index for layer in layers):
+            yield f"layers_to_transform index {index} matches no adapted layer and has no effect"
+    if config.bias == "lora_only" and layers and not any(layer.trains_bias for layer in layers):
+        yield "bias='lora_only' has no effect: no adapted layer has a bias"
+    if config.lora_dropout and any(layer.kind.word == "embedding" for layer in layers):
+        yield "lora_dropout has no effect on embedding layers"
+
+
+def _left_out(modules: dict[str, nn.Module], given: LoraConfig) -> Iterator[str]:
+    """Say which linear layers 'all-linear' leaves out because they cannot be adapted."""
+    if not isinstance(given.target_modules, str) or given.target_modules.lower() != ALL_LINEAR:
+        return
+    reasons = {
+        path: reason
+        for path, module in modules.items()
+        if path and is_linear(module) and (reason := why_not(module, modules[path.rpartition(".")[0]]))
+    }
+    if reasons:
+        path, reason = next(iter(reasons.items()))
+        yield f"'{ALL_LINEAR}' leaves out {len(reasons)} layer(s) that cannot be adapted, such as {path}: {reason}"
 
 
 def _tied_modules(model: nn.Module) -> dict[int, list[str]]:
@@ -193,7 +265,7 @@ def _tied_modules(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum({id(parameter): parameter.numel() for parameter in own_parameters(module)}.values())
 
 
 def _class_name(module: nn.Module) -> str:

@@ -21,8 +21,17 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
 
 
 def find_roster(model: nn.Module) -> Roster | None:
-    """Return the model's Roster, or None where nothing is attached."""
-    return next((module.roster for _, module in adapted_modules(model)), None)
+    """Return the model's Roster, or None where nothing is attached.
+
+    Raises: AdapterStateError where adapters were attached to parts of the model one by one.
+    """
+    rosters = {id(module.roster): module.roster for _, module in adapted_modules(model)}
+    if len(rosters) > 1:
+        raise AdapterStateError(
+            f"adapters were attached to {len(rosters)} parts of this model one by one; "
+            "call this on each part, or attach to the whole"
+        )
+    return next(iter(rosters.values()), None)
 
 
 def roster_of(model: nn.Module) -> Roster:
@@ -33,18 +42,27 @@ def roster_of(model: nn.Module) -> Roster:
     return roster
 
 
+def check_whole(model: nn.Module, roster: Roster) -> None:
+    """Raise AdapterStateError unless `model` is what the adapters were attached to, rather than a part of it or a wrapper."""
+    inside = adapter_prefixes(model)
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(inside)}
+    if missing := sorted(roster.base_requires_grad.keys() - own):
+        raise AdapterStateError(
+            f"the adapters were attached to another module, which has {missing[0]!r} and {len(missing) - 1} more parameters "
+            "that this one has not; call this on that module"
+        )
+
+
 def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Return how the names of everything that adapters added to the model begin."""
     return tuple(
-        f"{path}.{part}." if path else f"{part}."
-        for path, _ in adapted_modules(model)
-        for part in ("lora", "replacements")
+        f"{path}.{part}." if path else f"{part}." for path, _ in adapted_modules(model) for part in ("lora", "replacements")
     )
 
 
 @dataclass(frozen=True)
 class AdapterParameter:
-    """One trained tensor: `role` is lora_A, lora_B or bias of the pair at `path`, or `whole` with the replaced parameter's key."""
+    """One trained tensor: `role` is lora_A, lora_B or bias of the pair at `path`, or `whole` with the replaced one's key."""
 
     path: str
     role: str

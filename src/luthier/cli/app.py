@@ -1,12 +1,18 @@
 """The `luthier` command: the list of its subcommands, and what happens to an error."""
 
 import sys
+from typing import Any
 
 import typer
 
 from luthier.cli import evaluate, generate, inspect, merge, models, quickstart, train
-from luthier.cli.output import report_error
+from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
+
+# What typer raises for a command line that makes no sense. It carries a copy of click of its own and gives this class no
+# public name; BadParameter is the nearest that has one.
+UsageError: Any = typer.BadParameter.__bases__[0]
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="luthier",
@@ -29,6 +35,7 @@ def version(
     context: typer.Context,
     show: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
 ) -> None:
+    """Answer --version; every other call goes to its command."""
     if show:
         from luthier import __version__
 
@@ -38,13 +45,21 @@ def version(
 
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 it failed, 2 it was asked wrongly, 130 interrupted."""
+    as_json = "--json" in sys.argv
     try:
-        app()
+        status = app(prog_name="luthier", standalone_mode=False) or 0
     except LuthierError as error:
-        sys.exit(report_error(error, as_json="--json" in sys.argv))
-    except KeyboardInterrupt:
+        status = report_error(error, as_json=as_json)
+    except UsageError as error:
+        if as_json:
+            print_json_error("UsageError", error.format_message())
+        error.show()
+        status = 2
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

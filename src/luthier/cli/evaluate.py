@@ -1,12 +1,11 @@
 """`luthier eval`: base and adapter on the same held-out rows, side by side."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, make_console, print_json
+from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, json_text, make_console, print_json
 from luthier.core.errors import ConfigError
 
 
@@ -42,9 +41,9 @@ def evaluate(
 
     examples = to_examples(
         read_rows(path, limit=limit).rows,
-        prompt_template=prompt or trained_with.get("prompt"),
-        completion_template=completion or trained_with.get("completion"),
-        system=system or trained_with.get("system"),
+        prompt_template=trained_with.get("prompt") if prompt is None else prompt,
+        completion_template=trained_with.get("completion") if completion is None else completion,
+        system=trained_with.get("system") if system is None else system,
     )
     loaded = load(model, adapter, dtype=dtype, console=console, force=force)
     encoded = encode(examples, loaded.base.tokenizer, max_length=trained_with.get("max_length", 4096))
@@ -65,7 +64,7 @@ def evaluate(
     console.print(judgement_report(judgement, samples=samples))
     result = {"data": str(path), "model": str(loaded.base.spec), "adapter": adapter} | judgement.as_dict()
     if save is not None:
-        write_atomic(save, json.dumps(result, ensure_ascii=False, indent=2))
+        write_atomic(save, json_text(result))
         console.print(f"Every row is in {save}.")
     if as_json:
         result.pop("samples")

@@ -83,7 +83,7 @@ def say(console: Any, loaded: "Loaded", side: str, messages: list[dict[str, str]
     answer = ""
     for piece in pieces(loaded, side, messages, options):
         answer += piece
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(piece, end="", highlight=False, soft_wrap=True)
     console.print()
     return answer
 
@@ -94,7 +94,7 @@ def chat(console: Any, loaded: "Loaded", start: list[dict[str, str]], options: d
     histories = {side: list(start) for side in sides(loaded, compare)}
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = console.input("> ").strip()
         except EOFError:
             return
         if not line:

@@ -24,15 +24,16 @@ def merge(
     loaded = load(model, adapter, dtype=dtype, console=console, force=force)
     from luthier.formats.merged import merge_difference, save_merged
 
-    ids = loaded.base.tokenizer(PROBE, return_tensors="pt")["input_ids"]
+    ids = loaded.base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(loaded.base.model.device)
     difference = merge_difference(loaded.base.model, ids)
     save_merged(loaded.base.model, out, tokenizer=loaded.base.tokenizer)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    console.print(f"Merged into {out} ({size / 1e6:,.0f} MB, {loaded.base.dtype_choice.dtype}).".replace("torch.", ""))
+    dtype_name = str(loaded.base.dtype_choice.dtype).removeprefix("torch.")
+    console.print(f"Merged into {out} ({size / 1e6:,.0f} MB, {dtype_name}).")
     console.print(
         f"On a probe text its logits differ from the adapter's by {difference.relative:.1e} of their size at most; "
         f"the likeliest token is the same at {difference.same_top:.0%} of the positions."
     )
-    console.print(f"next: luthier generate --model {out} 'your prompt'")
+    console.print(f"next: luthier generate --model {out} 'your prompt'", soft_wrap=True)
     if as_json:
         print_json({"out": str(out), "bytes": size, "relative_difference": difference.relative, "same_top": difference.same_top})

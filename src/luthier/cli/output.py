@@ -5,6 +5,7 @@ Words for people go to stderr under --json and to stdout without it; the JSON do
 
 import json
 import logging
+import math
 import os
 from typing import Any
 
@@ -29,7 +30,9 @@ def make_console(as_json: bool = False) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A pipe has no width of its own; 80 columns would break every table.
-    console = Console(stderr=as_json, width=None if (os.isatty(2 if as_json else 1) or "COLUMNS" in os.environ) else 120)
+    width = None if (os.isatty(2 if as_json else 1) or "COLUMNS" in os.environ) else 120
+    # No markup and no emoji codes: a path, a template or a model's answer may hold [/INST] or :guitar:, and means it.
+    console = Console(stderr=as_json, width=width, markup=False, emoji=False)
     log = logging.getLogger("luthier")
     log.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
     log.setLevel(logging.WARNING)
@@ -47,14 +50,32 @@ def quiet_transformers() -> None:
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON document on stdout."""
-    typer.echo(json.dumps(result, ensure_ascii=False, indent=2, default=str))
+    typer.echo(json_text(result))
+
+
+def json_text(result: Any) -> str:
+    """Return `result` as JSON; a number that is not finite, for which JSON has no word, is null."""
+    return json.dumps(_finite(result), ensure_ascii=False, indent=2, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_json_error(kind: str, message: str) -> None:
+    """Print an error as the one JSON document on stdout."""
+    print_json({"error": {"kind": kind, "message": message}})
 
 
 def report_error(error: LuthierError, *, as_json: bool) -> int:
     """Print an error and return the exit status: 2 for what the user can put right in the call, 1 otherwise."""
     kind = type(error).__name__
     if as_json:
-        print_json({"error": {"kind": kind, "message": str(error)}})
+        print_json_error(kind, str(error))
     typer.secho(f"{kind}: ", err=True, nl=False, fg="red", bold=True)
     typer.echo(str(error), err=True)
     return 2 if isinstance(error, ConfigError) else 1

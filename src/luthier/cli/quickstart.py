@@ -34,18 +34,21 @@ def quickstart(
     )
     from luthier.train.settings import RunSettings
 
-    settings = RunSettings(
-        model=model,
-        out=out or default_out(None, {"data": {"path": "quickstart"}}),
-        dtype=dtype,
-        data={"path": str(data / "train.jsonl"), "eval_path": str(data / "heldout.jsonl")},
-        train={"epochs": epochs, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 8, "eval_every": 25},
-    )
+    values: dict[str, Any] = {
+        "model": model,
+        "out": out or default_out(None, {"data": {"path": "quickstart"}}),
+        "dtype": dtype,
+        "data": {"path": str(data / "train.jsonl"), "eval_path": str(data / "heldout.jsonl")},
+        "train": {"epochs": epochs, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 8, "eval_every": 25},
+    }
+    settings = RunSettings(**values)
     console.rule("2. train an adapter", align="left")
     from luthier.train.run import train
 
     outcome = train(settings, console=console)
     if outcome.summary["ended"] == "interrupted":
+        if as_json:
+            print_json({"summary": outcome.summary})
         raise typer.Exit(130)
 
     console.rule("3. base and adapter on the held-out requests", align="left")
@@ -72,14 +75,15 @@ def quickstart(
     summary = outcome.summary
     before, after = judgement.base.exact.value, judgement.adapter.exact.value
     console.print(
-        f"- Exact match on {judgement.rows} held-out requests: {before:.1%} before, [bold]{after:.1%}[/bold] after "
+        f"- Exact match on {judgement.rows} held-out requests: {before:.1%} before, {after:.1%} after "
         f"({100 * (after - before):+.1f} points).\n"
-        f"- The adapter is {summary['adapter_bytes'] / 1e6:.1f} MB; the base it leaves untouched is {summary['base_bytes'] / 1e6:.0f} MB "
+        f"- The adapter is {summary['adapter_bytes'] / 1e6:.1f} MB; "
+        f"the base it leaves untouched is {summary['base_bytes'] / 1e6:.0f} MB "
         f"({summary['base_bytes'] / summary['adapter_bytes']:.0f} times as much).\n"
         f"- Saved, taken off, and loaded again from {summary['adapter']}: its logits are "
         f"{'the same, bit for bit' if proofs['reload_is_exact'] else 'NOT the same'}.\n"
-        f"- Merged into the base, its logits differ by {proofs['merge_relative_difference']:.1e} of their size (rounding), and after "
-        f"unmerging every base weight is {'back, bit for bit' if proofs['unmerge_is_exact'] else 'NOT back'}.",
+        f"- Merged into the base, its logits differ by {proofs['merge_relative_difference']:.1e} of their size (rounding), "
+        f"and after unmerging every base weight is {'back, bit for bit' if proofs['unmerge_is_exact'] else 'NOT back'}.",
         highlight=False,
     )
     console.rule("5. next", align="left")
@@ -108,7 +112,7 @@ def prove(outcome: Any) -> dict[str, Any]:
     from luthier.formats.merged import merge_difference
 
     base, held_out = outcome.prepared.base, outcome.prepared.rows.held_out
-    ids = torch.tensor([held_out.rows[0].input_ids])
+    ids = torch.tensor([held_out.rows[0].input_ids], device=base.model.device)
     before = {name: tensor.clone() for name, tensor in base_parameters(base.model)}
     difference = merge_difference(base.model, ids)
     after = dict(base_parameters(base.model))

@@ -1,6 +1,5 @@
 """`luthier train`: flags and one TOML file to a training run."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,8 @@ def train(
     for setting in settings:
         put_setting(flags, setting)
     if resume is not None:
-        if given := sorted(named(flags)):
+        given = sorted(named(flags)) + ["--config"] * (config is not None) + ["--dry-run"] * dry_run
+        if given:
             raise ConfigError(f"--resume takes its settings from the run; also given: {', '.join(given)}. Leave them out.")
         quiet_transformers()
         from luthier.train.run import resume as carry_on
@@ -78,7 +78,9 @@ def train(
             return
         outcome = start(resolved, console=console)
     if as_json:
-        print_json(outcome.summary | {"preflight": asdict(outcome.preflight)})
+        print_json(outcome.summary | {"preflight": outcome.preflight.as_dict()})
+    if outcome.summary["ended"] == "interrupted":
+        raise typer.Exit(130)
 
 
 def put_setting(values: dict[str, Any], setting: str) -> None:
@@ -89,14 +91,19 @@ def put_setting(values: dict[str, Any], setting: str) -> None:
     if not equals or not path:
         raise ConfigError(f"--set wants section.key=value, such as train.accumulate=4; given: {setting!r}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text
+        found = {}
+    # Text of several lines may happen to be TOML with more in it than one value.
+    value = found["value"] if list(found) == ["value"] and "\n" not in text else text
     *sections, key = path.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {setting}: {section!r} is a value, not a section")
+    before = values.get(key)
+    if named(before) if isinstance(before, dict) else before is not None:
+        raise ConfigError(f"--set {setting}: {path} is given twice, by two --set or by its own flag. Give it once.")
     values[key] = value
 
 
@@ -122,7 +129,8 @@ def default_out(config: Path | None, flags: dict[str, Any]) -> str | None:
             return None  # read_settings says what is wrong with the file
         if "out" in values:
             return None
-        data = flags["data"]["path"] or values.get("data", {}).get("path")
+        section = values.get("data")
+        data = flags["data"]["path"] or (section.get("path") if isinstance(section, dict) else None)
     else:
         data = flags["data"]["path"]
     stem = Path(str(data)).stem if data else "run"

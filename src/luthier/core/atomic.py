@@ -39,11 +39,8 @@ def new_folder(path: Path, *, replaces: frozenset[str] = frozenset()) -> Iterato
     Where `path` exists it must hold nothing but files named in `replaces`, and is exchanged for the new one. If anything
     fails, `path` is as it was and the temporary folder is gone. Raises: StorageError.
     """
-    path = Path(os.path.abspath(path))
-    if path.exists() and (strangers := _strangers(path, replaces)):
-        raise StorageError(
-            errno.ENOTEMPTY, f"not replacing it, since it holds {', '.join(strangers[:5])}; choose a new or empty folder", str(path)
-        )
+    path = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
+    _refuse_strangers(path, replaces)
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
@@ -54,6 +51,7 @@ def new_folder(path: Path, *, replaces: frozenset[str] = frozenset()) -> Iterato
                 _flush(file)
             _flush(temporary)
             if path.exists():
+                _refuse_strangers(path, replaces)  # again: filling the folder may have taken hours
                 _exchange(temporary, path)
             else:
                 os.rename(temporary, path)
@@ -75,14 +73,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors reports a full disk as its own error type, with the system's text inside.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
-        if full:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "os error 28" in str(error):
             free = shutil.disk_usage(_existing(path)).free
-            raise StorageError(
-                errno.ENOSPC, f"no space left on the device ({free:,} bytes free); nothing was changed. Free some space or choose another disk", str(path)
-            ) from error
+            what = (
+                f"no space left on the device ({free:,} bytes free); nothing was changed. Free some space or choose another disk"
+            )
+            raise StorageError(errno.ENOSPC, what, str(path)) from error
         if isinstance(error, OSError):
-            raise StorageError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+            raise StorageError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
         raise
 
 
@@ -90,10 +89,14 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _strangers(path: Path, allowed: frozenset[str]) -> list[str]:
+def _refuse_strangers(path: Path, allowed: frozenset[str]) -> None:
+    if not path.exists():
+        return
     if not path.is_dir():
-        return [path.name]
-    return sorted(entry.name for entry in path.iterdir() if entry.name not in allowed)
+        raise StorageError(errno.ENOTDIR, "not replacing it, since it is a file; choose a new or empty folder", str(path))
+    if strangers := sorted(entry.name for entry in path.iterdir() if entry.name not in allowed):
+        what = f"not replacing it, since it holds {', '.join(strangers[:5])}; choose a new or empty folder"
+        raise StorageError(errno.ENOTEMPTY, what, str(path))
 
 
 def _flush(path: Path) -> None:
@@ -112,5 +115,9 @@ def _exchange(new: Path, old: Path) -> None:
             return
     aside = new.with_suffix(".old.tmp")
     os.rename(old, aside)
-    os.rename(new, old)
+    try:
+        os.rename(new, old)
+    except BaseException:
+        os.rename(aside, old)
+        raise
     os.rename(aside, new)

@@ -1,5 +1,6 @@
 """LoraConfig: which layers get an adapter, and of what size. Field names and meanings are PEFT's (docs/coming-from-peft.md)."""
 
+import math
 import re
 from typing import Literal, Self
 
@@ -18,7 +19,7 @@ class LoraConfig(Settings):
     """
 
     r: int = Field(8, ge=1, description="rank: the inner width of the pair")
-    lora_alpha: float = Field(8, gt=0, description="numerator of the scaling")
+    lora_alpha: float = Field(8, gt=0, allow_inf_nan=False, description="numerator of the scaling")
     target_modules: list[str] | str = Field(
         ALL_LINEAR,
         description="module names (exact, or the last part of the path), one regular expression over whole paths, "
@@ -49,10 +50,18 @@ class LoraConfig(Settings):
             raise ValueError(f"ranks must be at least 1: {bad}")
         return ranks
 
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas_are_positive(cls, alphas: dict[str, float]) -> dict[str, float]:
+        if bad := {key: alpha for key, alpha in alphas.items() if not 0 < alpha < math.inf}:
+            raise ValueError(f"alphas must be positive and finite: {bad}")
+        return alphas
+
     @model_validator(mode="after")
     def _patterns_can_take_effect(self) -> Self:
         expressions = [*self.rank_pattern, *self.alpha_pattern]
         expressions += [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        expressions += [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
         for expression in expressions:
             try:
                 re.compile(expression)

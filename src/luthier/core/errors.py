@@ -90,8 +90,7 @@ class MissingExtraError(LuthierError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(
-            f"{purpose} needs the package '{package}', which is not installed. "
-            f"Install it with: pip install 'luthier[{extra}]'"
+            f"{purpose} needs the package '{package}', which is not installed. Install it with: pip install 'luthier[{extra}]'"
         )
 
 

@@ -11,7 +11,8 @@ from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError
 
 T = TypeVar("T")
-_NAME = re.compile(r"[\w-]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_PEFT_WORDS = frozenset({"lora", "lora_", "lora_A", "lora_B", "base_layer", "modules_to_save"})
 
 
 def check_adapter_name(name: str, taken: Iterable[str] = ()) -> None:
@@ -24,7 +25,12 @@ def check_adapter_name(name: str, taken: Iterable[str] = ()) -> None:
     if not _NAME.fullmatch(name):
         raise AdapterNameError(
             f"adapter name {name!r} is not usable: it becomes a folder and part of tensor names. "
-            "Use 1 to 128 letters, digits, '_' or '-'."
+            "Use 1 to 128 of the letters a to z and A to Z, digits, '_' and '-'."
+        )
+    if name in _PEFT_WORDS:
+        raise AdapterNameError(
+            f"adapter name {name!r} is a word of PEFT's own tensor names, where it would lose tensors. "
+            f"Use another, such as '{name}-adapter'."
         )
     if name in set(taken):
         raise AdapterNameError(

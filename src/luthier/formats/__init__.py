@@ -11,8 +11,6 @@ __getattr__, __all__ = lazy_names(
         "AdapterFolder": "luthier.formats.folder",
         "Fingerprint": "luthier.formats.fingerprint",
         "LoadReport": "luthier.formats.adapters",
-        "compare": "luthier.formats.fingerprint",
-        "fingerprint": "luthier.formats.fingerprint",
         "fingerprint_of": "luthier.formats.adapters",
         "load_adapter": "luthier.formats.adapters",
         "read_adapter": "luthier.formats.folder",

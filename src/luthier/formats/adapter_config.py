@@ -6,6 +6,7 @@ configuration gives the same bytes.
 
 import json
 import logging
+import math
 from typing import Any
 
 from luthier.core.config import LoraConfig
@@ -72,14 +73,14 @@ def parse_config(text: str, where: str) -> LoraConfig:
     adapter whose method were ignored would load and answer wrongly.
     """
     try:
-        data = json.loads(text)
-    except ValueError as error:
+        data = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{where} is not JSON: {error}") from error
     if not isinstance(data, dict) or "peft_type" not in data:
         raise AdapterFormatError(f"{where} has no 'peft_type'; it is not a PEFT adapter's configuration")
     if data["peft_type"] != "LORA":
         raise AdapterFormatError(f"{where} has peft_type {data['peft_type']!r}; this version of luthier reads LORA")
-    used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {})}
+    used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {}, [])}
     init = data.get("init_lora_weights", True)
     if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:
         used["init_lora_weights"] = init
@@ -96,10 +97,18 @@ def parse_config(text: str, where: str) -> LoraConfig:
         values["target_modules"] = []
     for key in ("rank_pattern", "alpha_pattern"):
         values[key] = values.get(key) or {}
+    values["layers_pattern"] = values.get("layers_pattern") or None  # PEFT takes "" and [] for "any"
     try:
         return LoraConfig(**values)
     except ConfigError as error:
         raise AdapterFormatError(f"{where}: {error}") from error
+
+
+def _finite(text: str) -> float:
+    """Python's json takes NaN, Infinity and 1e999; an adapter scaled by one of these would load and answer nonsense."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def _whole(number: float) -> float | int:

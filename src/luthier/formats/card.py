@@ -10,10 +10,11 @@ from luthier.formats.adapter_config import PEFT_VERSION
 def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
     """Return the card's text: front matter as PEFT writes it, then what the adapter is and how to load it."""
     base = config.base_model_name_or_path or ""
-    lines = ["---", f"base_model: '{base}'", "library_name: peft"]
+    quoted = base.replace("'", "''")  # YAML's way to write a quote between quotes
+    lines = ["---", f"base_model: '{quoted}'", "library_name: peft"]
     if config.task_type == "CAUSAL_LM":
         lines.append("pipeline_tag: text-generation")
-    lines += ["tags:", f"- 'base_model:adapter:{base}'", "- lora", "- transformers", "---", ""]
+    lines += ["tags:", f"- 'base_model:adapter:{quoted}'", "- lora", "- transformers", "---", ""]
     lines += [f"# LoRA adapter for {base or 'a base model'}", ""]
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
     lines += [f"- rank {config.r}, alpha {config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}", f"- on {targets}", ""]

@@ -3,19 +3,22 @@
 A name in a config file proves nothing, so an adapter carries the fingerprint of the base it was trained on. It has four parts:
 
     arch       the configuration keys that decide the computation
-    anchor     every one-dimensional tensor (norms, biases), whole; and the embeddings, sampled. 4-bit and 8-bit methods leave
-               norms alone, so these stay equal under quantisation and differ after any full fine-tune
+    anchor     every one-dimensional tensor (norms, biases), whole. 4-bit and 8-bit methods leave norms alone, so these stay
+               equal under quantisation and differ after any full fine-tune. Embeddings have a digest of their own, because
+               GGUF files quantise them too; it is a record and decides nothing
     sample     three slices of 2,048 elements of every tensor: finds a merged adapter, which leaves the anchors equal
     sketch     64 values in a row of every matrix: finds a merged adapter even behind 4-bit quantisation
 
 Everything is taken after a cast to bfloat16, so float32 and bfloat16 copies of one checkpoint agree.
 
-The sketch works because rounding to the nearest level can be checked (sketch.py says how). Measured on SmolLM2-135M: of NF4, NF4
-with quantised scales, Q8_0 and int8 by rows none to 0.2 % of the values stand in a wrong cell; behind NF4, a merged adapter
-that changes the weights by 0.2 / 0.5 / 1 / 3 % puts 0.3 / 1 / 2 / 8 % there, and more than that behind 8 bits.
+The sketch works because rounding to the nearest level can be checked (sketch.py says how). Rounding alone leaves 0 to 0.02 % of
+the values in a wrong cell (NF4, Q4_1), 0.2 % where the scales were quantised too. An adapter merged into random weights before
+NF4 puts 0.2 / 0.8 / 2 / 8 % there where it changed the weights by 0.2 / 0.5 / 1 / 3 % of their size, and before Q8_0 about 3 %
+even for the smallest of these.
 
 Blind spots, told rather than guessed at:
-- behind 4 bits, a change below about 0.5 % of a weight's size passes as quantisation; so may one of only a few layers;
+- behind 4 bits, a change below about 0.5 % of a weight's size passes as quantisation (1 % where only one kind of projection in
+  30 layers is changed, more where fewer layers are); so may a large change of one or two layers;
 - blocks of 16 (Q6_K, Q3_K, Q2_K) and methods that do not round to the nearest level (GPTQ, AWQ) get no `quantised-of`, only
   `declared` where the configuration names the method, else `mismatch`;
 - a change elsewhere than in the sampled 6,144 elements of a tensor is seen by `full_digest` only;
@@ -56,10 +59,9 @@ SKETCH_VALUES = 64
 SKETCH_TENSORS = 512
 """Beyond this many matrices (mixtures of experts) an even choice of them is sketched, so the record stays small."""
 
-WRONG_CELLS = 0.005
-"""Above this share of values in wrong cells it is another model. Rounding alone gives up to 0.02 %, with quantised scales 0.2 %."""
-WRONG_AT_LEAST = 4
-"""And at least so many of them, so that one rounding accident in a small model decides nothing."""
+WRONG_BY_ROUNDING = 0.0025
+"""The share of values in wrong cells that rounding alone explains: 0.02 % measured for plain NF4 and Q4_1, 0.2 % with quantised
+scales. More than that by four standard deviations is another model."""
 FILLED = 0.25
 """An original fills the cells of its quantised copy (median 0.5 of a half cell); dequantised weights changed a little do not."""
 
@@ -370,6 +372,12 @@ def _most_wrong(evidence: list[Rounding]) -> str:
         for kind in (item.kind, "all matrices"):
             wrong[kind] += item.num_wrong
             total[kind] += item.num_values
-    rates = {kind: wrong[kind] / total[kind] for kind in total if wrong[kind] >= WRONG_AT_LEAST}
+    rates = {kind: wrong[kind] / total[kind] for kind in total if wrong[kind] > _explained(total[kind])}
     worst = max(rates, key=lambda kind: rates[kind], default="")
-    return f"{rates[worst]:.1%} of the values in {worst} are not" if worst and rates[worst] > WRONG_CELLS else ""
+    return f"{rates[worst]:.1%} of the values in {worst} are not" if worst else ""
+
+
+def _explained(num_values: int) -> float:
+    """How many values in wrong cells rounding may leave among so many: the mean of a Poisson count and four deviations."""
+    mean = WRONG_BY_ROUNDING * num_values
+    return mean + 4 * mean**0.5 + 2

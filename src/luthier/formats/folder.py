@@ -27,6 +27,8 @@ CARD_FILE = "README.md"
 NOTE_FILE = "luthier.json"
 FILES = frozenset({CONFIG_FILE, TENSOR_FILE, CARD_FILE, NOTE_FILE})
 NOTE_FORMAT = 1
+_WAY_OUT = f"Restore the folder; or delete {NOTE_FILE}, and with it the record of its base and recipe."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> AdapterFold
         raise AdapterFormatError(f"{path} is not an adapter folder: it has no {CONFIG_FILE}.{hint}")
     config_text = _read_text(path / CONFIG_FILE)
     note = _read_note(path)
+    _check_digest(path, note, CONFIG_FILE, config_text.encode())
     if (path / TENSOR_FILE).is_file():
         raw = (path / TENSOR_FILE).read_bytes()
-        _check_digests(path, note, {CONFIG_FILE: config_text.encode(), TENSOR_FILE: raw})
+        _check_digest(path, note, TENSOR_FILE, raw)
         tensors = _parse_safetensors(path / TENSOR_FILE, raw)
         num_bytes = len(raw)
     elif (path / PICKLE_FILE).is_file():
@@ -68,6 +71,9 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> AdapterFold
     else:
         raise AdapterFormatError(f"{path} has no {TENSOR_FILE}; the adapter was not written completely")
     config = parse_config(config_text, str(path / CONFIG_FILE))
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        needed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise AdapterFormatError(f"{path}: {len(odd)} of {len(tensors)} tensors are none of {needed}: {_some(odd)}")
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise AdapterFormatError(f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
     return AdapterFolder(path, config, tensors, note, num_bytes)
@@ -84,9 +90,10 @@ def write_adapter(path: str | Path, config_text: str, tensors: dict[str, Tensor]
     digests = {CONFIG_FILE: _sha256(config_text.encode()), TENSOR_FILE: _sha256(raw)}
     with new_folder(Path(path), replaces=FILES) as folder:
         (folder / TENSOR_FILE).write_bytes(raw)
-        (folder / CONFIG_FILE).write_text(config_text)
-        (folder / CARD_FILE).write_text(card)
-        (folder / NOTE_FILE).write_text(json.dumps({"format": NOTE_FORMAT, "files": digests} | note, indent=2, sort_keys=True))
+        (folder / CONFIG_FILE).write_bytes(config_text.encode())
+        (folder / CARD_FILE).write_bytes(card.encode())
+        whole_note = {"format": NOTE_FORMAT, "files": digests} | note
+        (folder / NOTE_FILE).write_bytes(json.dumps(whole_note, indent=2, sort_keys=True).encode())
     return Path(path)
 
 
@@ -98,24 +105,28 @@ def _read_text(path: Path) -> str:
 
 
 def _read_note(path: Path) -> dict[str, Any]:
-    if not (path / NOTE_FILE).is_file():
+    file = path / NOTE_FILE
+    if not file.is_file():
         return {}
     try:
-        note = json.loads(_read_text(path / NOTE_FILE))
-    except ValueError as error:
-        raise AdapterFormatError(f"{path / NOTE_FILE} is damaged: {error}") from error
-    if not isinstance(note, dict) or note.get("format") != NOTE_FORMAT:
-        raise AdapterFormatError(f"{path / NOTE_FILE} has format {note.get('format') if isinstance(note, dict) else note!r}; this version reads {NOTE_FORMAT}")
+        note = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{file} is damaged: {error}") from error
+    found = note.get("format") if isinstance(note, dict) else note
+    if not isinstance(note, dict) or found != NOTE_FORMAT:
+        raise AdapterFormatError(f"{file} has format {found!r}; this version reads {NOTE_FORMAT}")
+    odd = [key for key in ("files", "base", "recipe", "metrics") if not isinstance(note.get(key, {}), dict)]
+    odd += [f"files[{name!r}]" for name in (CONFIG_FILE, TENSOR_FILE) if "files" not in odd and name not in note.get("files", {})]
+    if odd:
+        raise AdapterFormatError(f"{file} is damaged: {', '.join(odd)} missing or not a mapping. {_WAY_OUT}")
     return note
 
 
-def _check_digests(path: Path, note: dict[str, Any], contents: dict[str, bytes]) -> None:
-    recorded = note.get("files", {})
-    changed = [name for name, raw in contents.items() if name in recorded and recorded[name] != _sha256(raw)]
-    if changed:
+def _check_digest(path: Path, note: dict[str, Any], name: str, raw: bytes) -> None:
+    if note and note["files"][name] != _sha256(raw):
         raise AdapterFormatError(
-            f"{path}: {' and '.join(changed)} changed since the adapter was saved (the digests in {NOTE_FILE} disagree): "
-            f"truncated, damaged or edited. Restore the folder; or delete {NOTE_FILE}, and with it the record of its base and recipe."
+            f"{path}: {name} changed since the adapter was saved (its digest in {NOTE_FILE} disagrees): truncated, damaged or "
+            f"edited. {_WAY_OUT}"
         )
 
 
@@ -128,7 +139,9 @@ def _parse_safetensors(path: Path, raw: bytes) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path, allowed: bool) -> dict[str, Tensor]:
     if not allowed:
-        raise AdapterFormatError(f"{path} is a pickle, which can run code when it is read. Pass allow_pickle=True if you trust it.")
+        raise AdapterFormatError(
+            f"{path} is a pickle, which can run code when it is read. Pass allow_pickle=True if you trust it."
+        )
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

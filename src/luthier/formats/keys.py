@@ -4,10 +4,12 @@ The adapter's name is not part of a key. Files whose keys still contain it, or l
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from luthier.adapt.planning import AttachPlan, PlannedLayer
 from luthier.adapt.state import AdapterParameter
+from luthier.core.errors import AdapterFormatError
 
 PREFIX = "base_model.model."
 
@@ -16,7 +18,9 @@ def pair_key(path: str, role: str, word: str) -> str:
     """Return the key of one tensor of a pair: `role` is lora_A, lora_B or bias, `word` the kind of layer."""
     if role == "bias":
         return f"{PREFIX}{path}.base_layer.bias"
-    return f"{PREFIX}{path}.{role.replace('lora_', 'lora_embedding_')}" if word == "embedding" else f"{PREFIX}{path}.{role}.weight"
+    return (
+        f"{PREFIX}{path}.{role.replace('lora_', 'lora_embedding_')}" if word == "embedding" else f"{PREFIX}{path}.{role}.weight"
+    )
 
 
 def item_key(item: AdapterParameter) -> str:
@@ -46,7 +50,21 @@ def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> d
 
 
 def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return key as found -> key as PEFT 0.21 writes it."""
+    """Return key as found -> key as PEFT 0.21 writes it.
+
+    Raises: AdapterFormatError where two keys become one: the file holds several adapters.
+    """
     keys = list(keys)
     prefix = "" if any(key.startswith(PREFIX) for key in keys) else PREFIX
-    return {key: prefix + re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key) for key in keys}
+    canonical = {key: prefix + _without_name(key) for key in keys}
+    if twice := sorted(key for key, count in Counter(canonical.values()).items() if count > 1):
+        raise AdapterFormatError(
+            f"the file holds {len(twice)} tensor(s) under more than one adapter's name, such as {twice[0]}; "
+            "keep the tensors of one adapter only"
+        )
+    return canonical
+
+
+def _without_name(key: str) -> str:
+    key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+    return re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", key)

@@ -19,33 +19,33 @@ def save_merged(model: nn.Module, path: str | Path, *, tokenizer: Any = None) ->
     Weights that the merge gave two values (a tied embedding that only one side's adapter changed) are written as two, and
     the configuration says that they are no longer tied. Raises: AdapterStateError, StorageError.
     """
-    if not hasattr(type(model), "save_pretrained"):
+    write = getattr(type(model), "save_pretrained", None)  # the class's own: attaching put a guard on the instance
+    if write is None:
         raise AdapterStateError(f"a {type(model).__name__} has no save_pretrained; merge(model) and save its state_dict yourself")
     was_merged = roster_of(model).is_merged
     merge(model)
-    tied = getattr(model.config, "tie_word_embeddings", None)
+    config: Any = model.config
+    tied = getattr(config, "tie_word_embeddings", None)
     try:
         if tied and not _is_tied(model):
-            model.config.tie_word_embeddings = False
+            config.tie_word_embeddings = False
         inside = adapter_prefixes(model)
         weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
         with new_folder(Path(path)) as folder:
-            type(model).save_pretrained(model, folder, state_dict=weights)
+            write(model, folder, state_dict=weights)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     finally:
         if tied is not None:
-            model.config.tie_word_embeddings = tied
+            config.tie_word_embeddings = tied
         if not was_merged:
             unmerge(model)
     return Path(path)
 
 
-def _is_tied(model: nn.Module) -> bool:
+def _is_tied(model: Any) -> bool:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return head is None or embedding.weight is head.weight
-
-
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,12 @@ class MergeDifference:
 
 
 def merge_difference(model: nn.Module, input_ids: Tensor) -> MergeDifference:
-    """Compare logits before and after merging on some token ids (B, T); the model is as before afterwards."""
+    """Compare logits before and after merging on some token ids (B, T); the model is as before afterwards.
+
+    Raises: AdapterStateError if it is merged already, since there would be nothing to compare with.
+    """
+    if roster_of(model).is_merged:
+        raise AdapterStateError("the adapters are merged already; unmerge(model) first")
     with torch.no_grad():
         unmerged = model(input_ids).logits.float()
         merge(model)

@@ -95,6 +95,8 @@ def _eight_bit_step(y: Floats) -> float:
     small = multiples < 48
     error = np.where(small, np.abs(multiples - np.round(multiples)), 0.0)
     holds = ~(error > 0.05 + multiples / 128).any(axis=1) & (small.sum(axis=1) >= y.size // 4)
-    # Neighbouring steps hold too, and so does half the true one; the true one fits best.
+    if not holds.any():
+        return 0.0
+    # Neighbouring steps hold too, but fit worse; half the true step fits as well, so the largest of the best is taken.
     misfit = np.where(holds, error.sum(axis=1) / np.maximum(small.sum(axis=1), 1), np.inf)
-    return float(steps[int(misfit.argmin())]) if holds.any() else 0.0
+    return float(steps[misfit <= 1.5 * misfit.min()].max())

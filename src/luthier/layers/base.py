@@ -6,7 +6,7 @@ copy of the whole module (`modules_to_save`, or only its bias). The module's own
 """
 
 import copy
-import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,6 +16,17 @@ from torch import Tensor, nn
 from luthier.core.errors import AdapterStateError
 from luthier.layers.pair import LoraPair
 from luthier.layers.roster import Roster
+
+ADDED = ("lora", "replacements", "roster", "base_class")
+_FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class AdaptedModule(nn.Module):
@@ -49,7 +60,7 @@ class AdaptedModule(nn.Module):
 
     def _forward_replaced(self, replacement: nn.Module, args: tuple, kwargs: dict) -> Any:
         # The copies are float32 masters; they compute in the dtype of the parameters they stand for, as the pairs do.
-        own = dict(self.named_parameters(recurse=True))
+        own = dict(self.named_parameters(remove_duplicate=False))
         cast_down = {
             name: parameter.to(own[name].dtype)
             for name, parameter in replacement.named_parameters()
@@ -59,16 +70,22 @@ class AdaptedModule(nn.Module):
             return replacement(*args, **kwargs)
         return torch.func.functional_call(replacement, cast_down, args, kwargs)
 
-    def replaced_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (own parameter name, trained parameter) of one adapter's replacement, without those shared with the base."""
-        own = {id(parameter) for parameter in _own_parameters(self)}
-        for key, parameter in self.replacements[name].named_parameters():
+    def replaced_parameters(self, name: str, *, every_name: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (own parameter name, trained parameter) of one adapter's replacement, without those shared with the base.
+
+        A parameter with several names inside the module comes once, or with `every_name` under each of them.
+        """
+        own = {id(parameter) for parameter in own_parameters(self)}
+        for key, parameter in self.replacements[name].named_parameters(remove_duplicate=not every_name):
             if id(parameter) not in own:
                 yield key, parameter
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so copying and pickling must name its parts.
         return _new_adapted, (_mixin_of(type(self)), self.base_class), self.__getstate__()
+
+
+_CLASSES: dict[tuple[type, type], type[AdaptedModule]] = {}
 
 
 def adapt(module: nn.Module, mixin: type[AdaptedModule], roster: Roster) -> AdaptedModule:
@@ -88,13 +105,20 @@ def restore(module: AdaptedModule) -> None:
     """Give `module` its original class back. Its adapters must be gone."""
     if module.lora or module.replacements:
         raise AdapterStateError("a module still carries adapters")
+    if not is_restorable(module):
+        raise AdapterStateError("a module's class was changed again after attaching (sharding?)")
     del module.lora, module.replacements, module.roster
-    module.__class__ = module.base_class
+    module.__class__ = module.base_class  # type: ignore[assignment]
+
+
+def is_restorable(module: AdaptedModule) -> bool:
+    """Return whether the module's class is still the one that `adapt` gave it. FSDP2 changes classes too."""
+    return "base_class" in vars(type(module))
 
 
 def whole_copy(module: nn.Module) -> nn.Module:
-    """Return a trainable copy of a module: parameters in float32 at least, and the original class."""
-    return _as_masters(copy.deepcopy(_bare(module)))
+    """Return a trainable copy of a module, without adapters on any level: float32 parameters at least, original classes."""
+    return _as_masters(copy.deepcopy(_bare_tree(module, {})))
 
 
 def bias_copy(module: nn.Module) -> nn.Module:
@@ -109,22 +133,36 @@ def whole_bias(module: nn.Module) -> Tensor:
     return _master(cast(Tensor, module.bias).detach())
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def _bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
     """Return a shallow copy of a module in its original class, without adapters, with dictionaries of its own."""
     clone = copy.copy(module)
     clone._parameters, clone._buffers = dict(module._parameters), dict(module._buffers)
-    clone._modules = {key: child for key, child in module._modules.items() if key not in ("lora", "replacements")}
+    clone._modules = dict(module._modules)
     if isinstance(module, AdaptedModule):
+        clone._modules = {key: child for key, child in module._modules.items() if key not in ("lora", "replacements")}
         del clone.__dict__["roster"]
         clone.__class__ = module.base_class
+    for hooks in () if with_hooks else _FORWARD_HOOKS:
+        # They run where the module itself is called; the copy is called from inside that and must not run them again.
+        setattr(clone, hooks, OrderedDict())
     return clone
 
 
+def _bare_tree(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in done:
+        # Below the top the hooks stay: there the copy is called instead of the module.
+        clone = _bare(module, with_hooks=bool(done))
+        done[id(module)] = clone
+        clone._modules = {key: child and _bare_tree(child, done) for key, child in clone._modules.items()}
+    return done[id(module)]
+
+
 def _as_masters(module: nn.Module) -> nn.Module:
+    masters = {id(parameter): nn.Parameter(_master(parameter.detach())) for parameter in module.parameters()}
     for child in module.modules():
         for key, parameter in child._parameters.items():
             if parameter is not None:
-                child._parameters[key] = nn.Parameter(_master(parameter.detach()))
+                child._parameters[key] = masters[id(parameter)]  # what is tied inside the module stays tied
     return module
 
 
@@ -132,15 +170,20 @@ def _master(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
-def _own_parameters(module: AdaptedModule) -> Iterator[nn.Parameter]:
-    for key, parameter in module.named_parameters():
-        if not key.startswith(("lora.", "replacements.")):
-            yield parameter
+def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a module and of what lies in it, without those of adapters on any level."""
+    added = ("lora", "replacements") if isinstance(module, AdaptedModule) else ()
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    for key, child in module._modules.items():
+        if child is not None and key not in added:
+            yield from own_parameters(child)
 
 
-@functools.cache
 def _adapted_class(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
-    return type(f"{mixin.__name__}[{base.__name__}]", (mixin, base), {"base_class": base, "__module__": mixin.__module__})
+    if (mixin, base) not in _CLASSES:
+        name, own = f"{mixin.__name__}[{base.__name__}]", {"base_class": base, "__module__": mixin.__module__}
+        _CLASSES[mixin, base] = type(name, (mixin, base), own)
+    return _CLASSES[mixin, base]
 
 
 def _mixin_of(adapted: type) -> type[AdaptedModule]:

@@ -8,18 +8,16 @@ from luthier.layers.pair import LoraPair
 
 
 class LoraEmbedding(AdaptedModule):
-    """`nn.Embedding`, weight (V, O): row v becomes weight[v] + scaling * (B A)[:, v], times `embed_scale` where the table has one.
+    """`nn.Embedding`, weight (V, O): row v becomes weight[v] + scaling * (B A)[:, v].
 
-    Dropout does not apply: its input is ids.
+    Both are multiplied by `embed_scale` where the table has one. Dropout does not apply: the input is ids.
     """
 
     weight: Tensor
     padding_idx: int | None
 
     def with_pair(self, output: Tensor, x: Tensor, pair: LoraPair, weight: float) -> Tensor:
-        low_rank = lora_embedding(
-            x, pair.lora_A, pair.lora_B, weight * pair.scaling, output.dtype, self.padding_idx
-        )
+        low_rank = lora_embedding(x, pair.lora_A, pair.lora_B, weight * pair.scaling, output.dtype, self.padding_idx)
         embed_scale = getattr(self, "embed_scale", None)
         return output + (low_rank if embed_scale is None else low_rank * embed_scale)
 

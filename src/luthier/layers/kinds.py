@@ -2,10 +2,11 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from luthier.layers.base import AdaptedModule
+from luthier.layers.base import ADDED, AdaptedModule
 from luthier.layers.embedding import LoraEmbedding
 from luthier.layers.linear import LoraConv1D, LoraLinear
 
@@ -18,7 +19,8 @@ class LayerKind:
     mixin: type[AdaptedModule]
 
     def sizes(self, module: nn.Module) -> tuple[int, int]:
-        rows, columns = module.weight.shape
+        """Return (I, O) of a module of this kind; for an embedding I is the number of rows."""
+        rows, columns = cast(Tensor, module.weight).shape
         return (columns, rows) if self.word == "linear" else (rows, columns)
 
 
@@ -40,31 +42,41 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     return None
 
 
-def why_not(module: nn.Module, parent: nn.Module) -> str | None:
-    """Return why an adapter on this layer would be ignored or wrong, or None if nothing speaks against it."""
+def why_hidden(module: nn.Module, parent: nn.Module) -> str | None:
+    """Return why whatever an adapter adds to or puts in place of this module would be ignored, or None."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance (dispatch hooks?), which hides the adapter: attach before that"
-    if not isinstance(module, AdaptedModule) and (hasattr(module, "lora") or hasattr(module, "replacements")):
-        return "it has an attribute 'lora' or 'replacements' of its own, where the adapters would go"
+    if not isinstance(module, AdaptedModule) and (own := [name for name in ADDED if hasattr(module, name)]):
+        return f"it has an attribute '{own[0]}' of its own, where the adapters would go"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrised; remove the parametrisation first"
-    if not module.weight.is_floating_point():
-        return f"its weight is stored as {module.weight.dtype}; only floating-point weights can be adapted"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight itself and never calls the layer"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer's fast path reads this weight itself and never calls the layer"
+    return None
+
+
+def why_not(module: nn.Module, parent: nn.Module) -> str | None:
+    """Return why a pair on this layer would be ignored or wrong, or None if nothing speaks against it."""
+    if reason := why_hidden(module, parent):
+        return reason
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm? pruning?); make it a plain parameter first"
+    if not weight.is_floating_point():
+        return f"its weight is stored as {weight.dtype}; only floating-point weights can be adapted"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "max_norm rewrites the frozen table in place, and sparse gradients are not supported"
-    if module.weight.ndim != 2:
-        return f"its weight has shape {tuple(module.weight.shape)}, not two axes (sharded or offloaded?)"
+    if weight.ndim != 2:
+        return f"its weight has shape {tuple(weight.shape)}, not two axes (sharded or offloaded?)"
     return None
 
 
 def folding_is_exact(module: nn.Module) -> bool:
     """Return whether the layer's own forward is linear in its weight, as a merge needs."""
     base = module.base_class if isinstance(module, AdaptedModule) else type(module)
-    if hasattr(module, "embed_scale"):
+    if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
         return True
-    family = next(cls for cls in base.__mro__ if cls.__module__.startswith(("torch.nn", "transformers.pytorch_utils")))
-    return base.forward is family.forward
+    families: list[Any] = [cls for cls in base.__mro__ if cls.__module__.startswith(("torch.nn", "transformers.pytorch_utils"))]
+    return base.forward is families[0].forward

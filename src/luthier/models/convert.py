@@ -82,7 +82,9 @@ def stop_token_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
         after_answer = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
         following = tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"]
-        if following and following[0] in tokenizer.all_special_ids and following[0] not in ids:
+        # Not all_special_ids: that lists only the tokens with a role (bos, eos, ...), not every control token.
+        control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if following and following[0] in control and following[0] not in ids:
             ids.append(int(following[0]))
     if not ids:
         raise ModelError(

@@ -18,22 +18,22 @@ def fetch_from_hub(repo: str, revision: str, folder: Path) -> str:
 
     Raises: ModelError if the repository cannot be reached, is not there, or has no safetensors.
     """
-    import httpx
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # HTTPError is the base class of the transport in use: httpx in huggingface_hub 1, httpx2 in 2.
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = f"{repo}@{revision}" if revision else repo
     if constants.HF_HUB_OFFLINE:
         raise ModelError(f"{name} is not in the cache and HF_HUB_OFFLINE forbids the network. Unset it, or name a local folder.")
     try:
-        info = HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision or None)
+        info = HfApi().model_info(repo, revision=revision or None)
         names = [sibling.rfilename for sibling in info.siblings or []]
         check_files(name, names)
         # The commit, not the branch: the branch may move between the two calls.
         snapshot_download(
             repo,
             revision=info.sha,
-            endpoint=constants.ENDPOINT,
             local_dir=folder,
             # Top level only: folders such as onnx/ or original/ hold second copies of the weights.
             allow_patterns=[file for file in names if "/" not in file and any(fnmatch(file, pattern) for pattern in WANTED)],
@@ -46,7 +46,7 @@ def fetch_from_hub(repo: str, revision: str, folder: Path) -> str:
         raise ModelError(
             f"The Hub has no model {repo!r}, or it is private: check the spelling, or log in (hf auth login)."
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
+    except (HTTPError, ConnectionError) as error:
         raise ModelError(
             f"Cannot fetch {name} from {constants.ENDPOINT}: {error}. A local folder or GGUF file needs no network."
         ) from error

@@ -61,10 +61,10 @@ def parse_spec(text: str) -> ModelSpec:
         )
     if given.startswith("hub:"):
         return _hub(given, given.removeprefix("hub:"))
-    if given.startswith("pypi:") or "==" in given:
-        return _wheel(given, given.removeprefix("pypi:"))
-
     path = Path(given).expanduser()
+    is_path = given.startswith((".", "/", "~"))
+    if not is_path and (given.startswith("pypi:") or "==" in given):
+        return _wheel(given, given.removeprefix("pypi:"))
     if path.suffix.lower() in (".gguf", ".whl"):
         return _file(given, path)
     if given.lower() in ALIASES:
@@ -73,7 +73,7 @@ def parse_spec(text: str) -> ModelSpec:
                 f"{given!r} is both an alias and a path here. Write ./{given} for the path, or {ALIASES[given.lower()]}."
             )
         return _wheel(given, ALIASES[given.lower()])
-    if path.exists() or given.startswith((".", "/", "~")):
+    if is_path or path.exists():
         return _folder(given, path)
     if "/" in given:
         return _hub(given, given)

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from luthier.train.loop import EvalRecord, StepRecord
 from luthier.train.preflight import Preflight
@@ -47,6 +48,7 @@ class Display:
         self.bar.stop()
 
     def on_step(self, record: StepRecord) -> None:
+        """Move the bar, or print a line if the last one is some seconds old."""
         self.loss = record.loss if self.loss is None else 0.9 * self.loss + 0.1 * record.loss
         rate = record.tokens / record.seconds
         self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
@@ -60,6 +62,7 @@ class Display:
             self.console.print(f"step {record.step}/{self.num_steps}, {note}, about {duration(left)} left", highlight=False)
 
     def on_eval(self, record: EvalRecord) -> None:
+        """Show the held-out loss beside the training loss from now on."""
         self.held_out = f", held out {record.eval_loss:.4f}{' (best)' if record.is_best else ''}"
         if not self.console.is_terminal:
             self.console.print(f"step {record.step}/{self.num_steps}{self.held_out}", highlight=False)
@@ -70,20 +73,21 @@ def preflight_report(found: Preflight, plan: str, sample: RenderableType | None 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    memory = found.memory
-    table.add_row("base", f"{found.model}, in {found.dtype}")
-    table.add_row("rows", f"{found.rows}; {found.coverage['rows']:,} to train on, {found.held_out_rows:,} held out")
-    table.add_row("trained", plan)
+    memory, free = found.memory, psutil.virtual_memory().available
+    # Text, where words of the user's are in it: a plain string with [brackets] would be read as markup.
+    table.add_row("base", Text(f"{found.model}, in {found.dtype}"))
+    table.add_row("rows", Text(f"{found.rows}; {found.coverage['rows']:,} to train on, {found.held_out_rows:,} held out"))
+    table.add_row("trained", Text(plan))
     table.add_row("steps", f"{found.steps:,} in {found.epochs} epoch(s), {found.tokens:,} tokens")
     table.add_row(
         "memory",
         f"about {gib(memory.peak_bytes)} ({gib(memory.held_bytes)} held now, {gib(memory.activation_bytes)} activations, "
-        f"{gib(memory.logit_bytes)} logits, {gib(memory.optimizer_bytes)} optimiser) of {gib(psutil.virtual_memory().available)} free",
+        f"{gib(memory.logit_bytes)} logits, {gib(memory.optimizer_bytes)} optimiser) of {gib(free)} free",
     )
     if found.seconds is not None:
         table.add_row("time", f"about {duration(found.seconds)}, from one timed pass; evaluations come on top")
     for warning in found.warnings:
-        table.add_row("note", warning)
+        table.add_row("note", Text(warning))
     parts: list[RenderableType] = [Panel(table, title="before the first step", title_align="left")]
     return Group(*parts, sample) if sample is not None else Group(*parts)
 
@@ -93,26 +97,31 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("ended", f"{summary['ended']} after {summary['steps']} of {summary['planned_steps']} steps, {duration(summary['seconds'])}")
-    table.add_row("speed", f"{summary['tokens_per_s']:,.0f} tokens/s ({summary['labelled_tokens']:,} answer tokens of {summary['tokens']:,})")
+    steps = f"{summary['steps']} of {summary['planned_steps']} steps"
+    tokens = f"{summary['labelled_tokens']:,} answer tokens of {summary['tokens']:,}"
+    table.add_row("ended", f"{summary['ended']} after {steps}, {duration(summary['seconds'])}")
+    table.add_row("speed", f"{summary['tokens_per_s']:,.0f} tokens/s ({tokens})")
     if summary["loss"] is not None:
         table.add_row("loss", f"{summary['loss']:.4f} over the last steps")
     if summary["best_eval_loss"] is not None:
         table.add_row("held out", f"{summary['best_eval_loss']:.4f} at step {summary['best_step']}, the one that was kept")
     table.add_row("memory", f"{gib(summary['peak_bytes'])} at most")
-    table.add_row("adapter", f"{summary['adapter']} ({summary['adapter_bytes'] / 1e6:.1f} MB; the base is {summary['base_bytes'] / 1e6:,.0f} MB)")
+    size = f"{summary['adapter_bytes'] / 1e6:.1f} MB; the base is {summary['base_bytes'] / 1e6:,.0f} MB"
+    table.add_row("adapter", Text(f"{summary['adapter']} ({size})"))
     if summary["plot"]:
-        table.add_row("picture", summary["plot"])
+        table.add_row("picture", Text(summary["plot"]))
     for command in summary["next"]:
-        table.add_row("next", command)
+        table.add_row("next", Text(command))
     return Panel(table, title="summary", title_align="left")
 
 
 def gib(count: float) -> str:
+    """Return a number of bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
 
 
 def duration(seconds: float) -> str:
+    """Return a time span in words."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

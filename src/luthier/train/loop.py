@@ -32,6 +32,8 @@ from luthier.train.schedule import learning_rate
 log = logging.getLogger(__name__)
 
 EVALUATIONS_PER_RUN = 10
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,18 @@ class Trainer:
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
         )
-        self.progress = Progress(digests={"data": prepared.rows.digest})
+        self.digests = {"data": prepared.rows.digest, "settings": prepared.settings.digest()}
+        self.progress = Progress(digests=self.digests)
         self.saved_step = 0
+        self.adapter_step = 0  # the step of the adapter in the model, where that is not the present one
         self.num_steps = len(prepared.steps)
         self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
         self.stop_requested = False
         if self.settings.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5 renames it on its way to 6; both take torch's keywords first.
+            new_name = getattr(self.model, "activation_checkpointing_enable", None)
+            enable = new_name or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def run(self) -> str:
         """Train until the plan is done, and return why it ended: "finished", "early stop" or "interrupted".
@@ -97,15 +104,16 @@ class Trainer:
         self.model.train()
         try:
             while self.progress.step < self.num_steps:
+                # Asked first: a run that was killed after its last evaluation must not go one step further than one that was not.
+                if self._is_out_of_patience():
+                    return "early stop"
                 self._train_step()
                 done = self.progress.step
                 if self._is_due(self.eval_every) and self.prepared.rows.held_out is not None:
                     self._evaluate()
                 if self._is_due(self.eval_every) or self._is_due(self.settings.save_every):
                     self.save()
-                if self.settings.patience and self.progress.evals_without_gain >= self.settings.patience:
-                    return "early stop"
-                if self.stop_requested and done < self.num_steps:
+                if self.stop_requested and done < self.num_steps and not self._is_out_of_patience():
                     self.save()
                     return "interrupted"
         finally:
@@ -122,16 +130,23 @@ class Trainer:
 
     def restore(self, progress: Progress, state: dict[str, Tensor]) -> None:
         """Take up the state of a checkpoint; its adapter was attached by `prepare`. Raises: CheckpointError."""
-        if progress.digests.get("data") != self.prepared.rows.digest:
+        if progress.digests.get("data") != self.digests["data"]:
             raise CheckpointError(
-                f"the rows of {self.prepared.settings.data.path} are not those this run began with; restore the file, or start a new run"
+                f"the rows of {self.prepared.settings.data.path} are not those this run began with; "
+                "restore the file, or start a new run"
+            )
+        if progress.digests.get("settings") != self.digests["settings"]:
+            raise CheckpointError(
+                f"the settings in {self.folder.path}/config.toml are not those this run began with; "
+                "restore them, or start a new run"
             )
         for index, parameter in enumerate(self.parameters):
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(progress.step)),
-                "exp_avg": state[f"exp_avg.{index:05d}"].to(parameter.device),
-                "exp_avg_sq": state[f"exp_avg_sq.{index:05d}"].to(parameter.device),
-            }
+            moments = {name: state[f"{name}.{index:05d}"] for name in MOMENTS if f"{name}.{index:05d}" in state}
+            if moments:
+                # AdamW counts its steps on the CPU.
+                self.optimizer.state[parameter] = {
+                    name: value if name == "step" else value.to(parameter.device) for name, value in moments.items()
+                }
         restore_random_state(state)
         self.progress, self.saved_step = progress, progress.step
         self.folder.cut_log(progress.step)
@@ -139,7 +154,7 @@ class Trainer:
     def write_adapter(self, path: Path, metrics: dict[str, Any] | None = None) -> None:
         """Write the adapter as it is now, with the recipe that makes it again."""
         recipe = self.prepared.settings.model_dump(mode="json", exclude={"out"})
-        recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.progress.step
+        recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.adapter_step or self.progress.step
         save_adapter(self.model, path, ADAPTER, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
 
     def take_best(self) -> None:
@@ -151,6 +166,7 @@ class Trainer:
         with torch.no_grad():
             for item in self.items:
                 item.parameter.copy_(stored[item_key(item)])
+        self.adapter_step = best
 
     def micro_batch(self, indices: list[int]) -> Batch:
         """Return the rows with these indices as one padded batch."""
@@ -167,10 +183,11 @@ class Trainer:
             loss_sum, _ = answer_loss(self.model, batch)
             (loss_sum / labelled).backward()
             loss += loss_sum.item() / labelled
-        self._check_loss(loss, micro_batches)
+        self._check_finite("loss", loss, micro_batches)
         if step == 0:
             self._check_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        self._check_finite("gradient norm", norm, micro_batches)
         rate = learning_rate(step, self.num_steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -209,18 +226,22 @@ class Trainer:
 
     def _moments(self) -> list[tuple[int, str, Tensor]]:
         return [
-            (index, name, self.optimizer.state[parameter][name].detach().cpu())
+            (index, name, value.detach().cpu())
             for index, parameter in enumerate(self.parameters)
-            for name in ("exp_avg", "exp_avg_sq")
+            # A parameter that never had a gradient (an expert nobody asked) has no moments yet.
+            for name, value in self.optimizer.state.get(parameter, {}).items()
         ]
 
-    def _check_loss(self, loss: float, micro_batches: list[list[int]]) -> None:
-        if math.isfinite(loss):
+    def _is_out_of_patience(self) -> bool:
+        return bool(self.settings.patience) and self.progress.evals_without_gain >= (self.settings.patience or 0)
+
+    def _check_finite(self, what: str, value: float, micro_batches: list[list[int]]) -> None:
+        if math.isfinite(value):
             return
         rows = sorted(self.prepared.rows.train.rows[index].row for indices in micro_batches for index in indices)
         raise TrainingError(
-            f"the loss of step {self.progress.step + 1} is {loss} (rows {rows[:8]}{' ...' if len(rows) > 8 else ''}). Nothing was "
-            f"updated; the last checkpoint is at step {self.saved_step}. Try a lower learning rate (now "
+            f"the {what} of step {self.progress.step + 1} is {value} (rows {rows[:8]}{' ...' if len(rows) > 8 else ''}). "
+            f"Nothing was updated; the last checkpoint is at step {self.saved_step}. Try a lower learning rate (now "
             f"{self.settings.learning_rate:g}) or dtype float32."
         )
 
@@ -235,7 +256,8 @@ class Trainer:
         if len(still) == len(moved):
             raise TrainingError("no part of the adapter received a gradient in the first step; nothing would be learned")
         if still:
-            log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {', '.join(still[:5])}")
+            some = ", ".join(still[:5])
+            log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {some}")
 
 
 def stop_on_signal(trainer: Trainer) -> Callable[[int, Any], None]:

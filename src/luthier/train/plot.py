@@ -1,6 +1,7 @@
 """The loss curve as a picture."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.subplots()
     if trained:
         axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
-        axes.plot([step for step, _ in trained], smoothed([loss for _, loss in trained]), color="tab:blue", label="training, smoothed")
+        steps, losses = zip(*trained, strict=True)
+        axes.plot(steps, smoothed(losses), color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
         best = min(held_out, key=lambda pair: pair[1])
         axes.annotate(f"best {best[1]:.4f}", best, textcoords="offset points", xytext=(4, 8))
-    axes.set(title=title, xlabel="optimiser step", ylabel="loss per answer token (nats)")
+    # The title names the user's files; a $ in one is no formula.
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="optimiser step", ylabel="loss per answer token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
@@ -35,7 +39,7 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     write_atomic(path, picture.getvalue())
 
 
-def smoothed(values: list[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Return the exponential moving average, without the bias towards its start."""
     total, weight, out = 0.0, 0.0, []
     for value in values:

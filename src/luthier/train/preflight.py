@@ -6,16 +6,18 @@ moments, the activations that the backward pass needs, and the logits. Peak allo
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-from torch import nn
 
 from luthier.data.batches import padded_length
 from luthier.engine.score import answer_loss
 from luthier.train.loop import Trainer
 from luthier.train.prepare import Prepared
+from luthier.train.runfolder import random_state, restore_random_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MASTER_BYTES = 4
 LOGIT_BYTES = 14
@@ -63,7 +65,8 @@ def preflight(trainer: Trainer, *, timed: bool = True) -> Preflight:
     prepared = trainer.prepared
     coverage = prepared.rows.train.report
     lengths = prepared.rows.train.lengths
-    tokens = sum(lengths[row] for _, batches in prepared.steps for batch in batches for row in batch)
+    per_step = [sum(lengths[row] for batch in batches for row in batch) for _, batches in prepared.steps]
+    tokens, tokens_left = sum(per_step), sum(per_step[trainer.progress.step :])
     return Preflight(
         model=str(prepared.base.spec),
         dtype=prepared.base.dtype_choice.reason,
@@ -76,7 +79,7 @@ def preflight(trainer: Trainer, *, timed: bool = True) -> Preflight:
         epochs=prepared.settings.train.epochs,
         tokens=tokens,
         memory=estimate_memory(prepared),
-        seconds=tokens * _seconds_per_token(trainer) if timed else None,
+        seconds=tokens_left * _seconds_per_token(trainer) if timed and tokens_left else None,
         warnings=(*coverage.warnings, *prepared.plan.warnings),
     )
 
@@ -120,17 +123,17 @@ def activation_bytes_per_token(prepared: Prepared) -> int:
     return layers * per_layer
 
 
-def vocabulary_size(model: nn.Module) -> int:
+def vocabulary_size(model: "PreTrainedModel") -> int:
     """Return the number of logits of one position."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head.weight.shape[0] if head is not None else getattr(model.config, "vocab_size", 0)
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else model.config.vocab_size
 
 
 def _seconds_per_token(trainer: Trainer) -> float:
     """Time forward and backward of one typical micro-batch, after one for warming up; the run's state is as before."""
     batches = [batch for _, batches in trainer.prepared.steps for batch in batches]
     typical = batches[len(batches) // 2]
-    state = torch.get_rng_state()
+    state = random_state()
     trainer.model.train()
     try:
         for _ in range(2):
@@ -142,5 +145,5 @@ def _seconds_per_token(trainer: Trainer) -> float:
             trainer.optimizer.zero_grad(set_to_none=True)
     finally:
         trainer.model.eval()
-        torch.set_rng_state(state)
+        restore_random_state(state)
     return seconds / int(batch.attention_mask.sum())

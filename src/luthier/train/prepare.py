@@ -11,6 +11,7 @@ import torch
 from luthier.adapt.attaching import attach
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.core.config import LoraConfig
+from luthier.core.errors import ConfigError, ModelError
 from luthier.data.batches import split_rows
 from luthier.data.encode import EncodedSet, encode
 from luthier.data.formats import sniff_format
@@ -23,7 +24,7 @@ from luthier.train.schedule import Step, plan_steps
 from luthier.train.settings import DataSettings, RunSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"
 
@@ -64,6 +65,7 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     tell(f"Reading {settings.data.path}")
     base = load_model(settings.model, dtype=settings.dtype, progress=tell)
     rows = read_and_encode(settings.data, base.tokenizer, settings.train.seed)
+    check_rows_fit(rows, base.model)
     lora = named_base(settings.lora, base)
     if adapter is None:
         torch.manual_seed(settings.train.seed)
@@ -93,6 +95,21 @@ def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", se
     train_set = encode(examples, tokenizer, max_length=data.max_length)
     held_out_set = encode(held_out, tokenizer, max_length=data.max_length) if held_out else None
     return Rows(train_set, held_out_set, held_out, description, digest)
+
+
+def check_rows_fit(rows: Rows, model: "PreTrainedModel") -> None:
+    """Raise ConfigError if a row is longer than the model can read, or ModelError if it has tokens the model does not have."""
+    encoded = [*rows.train.rows, *(rows.held_out.rows if rows.held_out else [])]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row) for row in encoded)
+    if room and longest > room:
+        raise ConfigError(f"the longest row has {longest} tokens, this model reads {room} at most; set data.max_length to {room}")
+    highest, known = max(max(row.input_ids) for row in encoded), model.get_input_embeddings().weight.shape[0]
+    if highest >= known:
+        raise ModelError(
+            f"the tokenizer gives token {highest}, but the model knows {known} tokens: they do not belong together. "
+            "Use the model's own tokenizer."
+        )
 
 
 def named_base(lora: LoraConfig, base: LoadedModel) -> LoraConfig:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def train(settings: RunSettings, *, console: Console | None = None) -> Outcome:
     StorageError later, with the last checkpoint intact.
     """
     console = console or Console(quiet=True)
-    prepared = prepare(settings, tell=console.log if console.is_terminal else console.print)
+    RunFolder(settings.out).check_free()
+    prepared = prepare(settings, tell=partial(console.log if console.is_terminal else console.print, markup=False))
     folder = RunFolder.create(settings)
     return _carry_out(Trainer(prepared, folder), console)
 
@@ -59,7 +61,7 @@ def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
     if (folder.path / SUMMARY_FILE).exists():
         raise CheckpointError(f"{path} is finished; its adapter is {folder.adapter}. Start a new run to train more.")
     found = folder.load_checkpoint()
-    prepared = prepare(settings, tell=console.print, adapter=found[2] if found else None)
+    prepared = prepare(settings, tell=partial(console.print, markup=False), adapter=found[2] if found else None)
     trainer = Trainer(prepared, folder)
     if found is not None:
         trainer.restore(found[0], found[1])
@@ -73,7 +75,7 @@ def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
 def dry_run(settings: RunSettings, *, console: Console | None = None) -> Preflight:
     """Do everything but train: read, encode, attach, look, and say what would happen. Writes nothing."""
     console = console or Console(quiet=True)
-    prepared = prepare(settings, tell=console.print)
+    prepared = prepare(settings, tell=partial(console.print, markup=False))
     found = preflight(Trainer(prepared, RunFolder(settings.out)))
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer)))
     return found
@@ -87,7 +89,8 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
         trainer.observer = display
         ended = trainer.run()
     if ended == "interrupted":
-        console.print(f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}")
+        words = f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}"
+        console.print(words, markup=False, soft_wrap=True)
         return Outcome(prepared, found, _summary(trainer, ended, display.peak_bytes))
     trainer.take_best()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
@@ -102,18 +105,16 @@ def _summary(trainer: Trainer, ended: str, peak_bytes: int) -> dict[str, Any]:
     progress, folder, prepared = trainer.progress, trainer.folder, trainer.prepared
     records = folder.read_log()
     losses = [record["loss"] for record in records if "loss" in record]
-    plot = folder.plot
+    plot, note = str(folder.plot), ""
     try:
-        plot_losses(records, plot, f"{prepared.base.spec}, {prepared.settings.data.path}")
+        plot_losses(records, folder.plot, f"{prepared.base.spec}, {prepared.settings.data.path}")
     except MissingExtraError as error:
-        plot = None
-        trainer_note = str(error)
-    else:
-        trainer_note = ""
+        plot, note = "", str(error)
     adapter_file = folder.adapter / "adapter_model.safetensors"
     step_seconds = sum(record["seconds"] for record in records if "seconds" in record)
     data = prepared.settings.data
-    judge = f"luthier eval {folder.path}" + (f" --data {data.eval_path}" if data.eval_path else "")
+    judge = f"luthier eval {folder.path}" + (f" --data {data.eval_path}" if data.eval_path else " --data <held-out rows>")
+    ask = f"luthier generate --model {prepared.base.spec} --adapter {folder.adapter}"
     return {
         "ended": ended,
         "steps": progress.step,
@@ -130,9 +131,9 @@ def _summary(trainer: Trainer, ended: str, peak_bytes: int) -> dict[str, Any]:
         "adapter": str(folder.adapter),
         "adapter_bytes": adapter_file.stat().st_size if adapter_file.exists() else 0,
         "base_bytes": sum(tensor.numel() * tensor.element_size() for _, tensor in base_parameters(prepared.base.model)),
-        "plot": str(plot) if plot else None,
-        "note": trainer_note,
-        "next": [judge, f"luthier generate --model {prepared.base.spec} --adapter {folder.adapter}"],
+        "plot": plot or None,
+        "note": note,
+        "next": [f"luthier train --resume {folder.path}"] if ended == "interrupted" else [judge, ask],
     }
 
 

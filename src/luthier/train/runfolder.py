@@ -1,11 +1,11 @@
 """The folder of a run: settings, log, checkpoints and the finished adapter.
 
-    config.toml           the resolved settings; `luthier train --resume` reads them
-    run.jsonl             one line per step and per evaluation
-    loss.png              the loss curve
-    checkpoints/step-N/   adapter/, optimizer.safetensors, state.json: all that an exact continuation needs
-    adapter/              the best adapter of the run (the last one, where nothing was held out)
-    summary.json          what came of it
+config.toml           the resolved settings; `luthier train --resume` reads them
+run.jsonl             one line per step and per evaluation
+loss.png              the loss curve
+checkpoints/step-N/   adapter/, optimizer.safetensors, state.json: all that an exact continuation needs
+adapter/              the best adapter of the run (the last one, where nothing was held out)
+summary.json          what came of it
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from luthier.core.atomic import leftovers, new_folder, write_atomic
-from luthier.core.errors import CheckpointError
+from luthier.core.errors import CheckpointError, StorageError
+from luthier.formats.folder import read_adapter
 from luthier.train.settings import RunSettings, read_settings
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.toml", "run.jsonl", "summary.json"
@@ -54,10 +55,19 @@ class RunFolder:
     def create(cls, settings: RunSettings) -> "RunFolder":
         """Start a new run. Raises: CheckpointError if the folder already holds one."""
         run = cls(settings.out)
-        if (run.path / CONFIG_FILE).exists():
-            raise CheckpointError(f"{run.path} already holds a run; continue it with --resume {run.path}, or choose another --out")
+        run.check_free()
         write_atomic(run.path / CONFIG_FILE, settings.to_toml())
         return run
+
+    def check_free(self) -> None:
+        """Raise CheckpointError if the folder already holds a run, or something where a run would put its own."""
+        if (self.path / CONFIG_FILE).exists():
+            raise CheckpointError(f"{self.path} holds a run; continue it with --resume {self.path}, or choose another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file; a run needs a folder. Choose another --out")
+        own = (self.log, self.path / SUMMARY_FILE, self.plot, self.checkpoints, self.adapter)
+        if taken := [entry.name for entry in own if entry.exists()]:
+            raise CheckpointError(f"{self.path} holds {', '.join(taken)}, which this run would write; choose another --out")
 
     @classmethod
     def open(cls, path: str | Path) -> tuple["RunFolder", RunSettings]:
@@ -75,7 +85,7 @@ class RunFolder:
         """Write one checkpoint. `write_adapter(folder)` writes the adapter; `optimizer` are tensors by name."""
         path = self.step_folder(progress.step)
         raw = save(optimizer)
-        state = asdict(progress) | {"optimizer_sha256": hashlib.sha256(raw).hexdigest()}
+        state = asdict(progress) | {"sha256": _digest(progress, raw)}
         if path.exists():
             shutil.rmtree(path)
         with new_folder(path) as folder:
@@ -90,25 +100,36 @@ class RunFolder:
 
         Raises: CheckpointError if it is damaged.
         """
-        folders = sorted(self.checkpoints.glob("step-*"))
+        # Names of unequal length are numbers of unequal length: step-1000000 comes after step-999999.
+        folders = sorted(self.checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
         if not folders:
             return None
         last = folders[-1]
+        way_out = f"Remove {last} to continue from {f'{folders[-2]}' if len(folders) > 1 else 'the beginning'}."
         try:
             state: dict[str, Any] = json.loads((last / "state.json").read_text())
             raw = (last / "optimizer.safetensors").read_bytes()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{last} is damaged: {error}. Remove it to continue from the one before.") from error
-        if hashlib.sha256(raw).hexdigest() != state.pop("optimizer_sha256", None):
-            raise CheckpointError(f"{last}/optimizer.safetensors is damaged. Remove {last} to continue from the one before.")
-        return Progress(**state), load(raw), last / "adapter"
+            digest = state.pop("sha256")
+            progress = Progress(**state)
+            read_adapter(last / "adapter")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint {last} is damaged: {error}\n{way_out}") from error
+        if _digest(progress, raw) != digest:
+            raise CheckpointError(
+                f"the checkpoint {last} is damaged: optimizer.safetensors or state.json changed since it was written\n{way_out}"
+            )
+        return progress, load(raw), last / "adapter"
 
     def step_folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
     def append_log(self, record: dict[str, Any]) -> None:
-        with self.log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add one line to the log. Raises: StorageError."""
+        try:
+            with self.log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot write the log: {error.strerror}", str(self.log)) from error
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the log's records; a last line that a killed writer left half-written is passed over."""
@@ -130,6 +151,10 @@ class RunFolder:
         for folder in self.checkpoints.glob("step-*"):
             if folder.name not in names:
                 shutil.rmtree(folder)
+
+
+def _digest(progress: Progress, raw: bytes) -> str:
+    return hashlib.sha256(json.dumps(asdict(progress), sort_keys=True).encode() + raw).hexdigest()
 
 
 def random_state() -> dict[str, Tensor]:

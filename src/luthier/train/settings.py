@@ -1,8 +1,9 @@
 """RunSettings: everything a training run depends on, from one TOML file, flags, or Python. Loads no torch."""
 
+import hashlib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,9 @@ from luthier.core.errors import ConfigError
 from luthier.core.settings import Settings
 
 DEFAULT_R = 16
+TASK = "CAUSAL_LM"
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSettings(Settings):
@@ -32,17 +36,19 @@ class TrainSettings(Settings):
 
     epochs: int = Field(1, ge=1, description="passes over the rows")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps")
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the learning rate after warm-up")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises to its peak")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter towards zero, which is towards the base")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of its two moments")
+    weight_decay: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="AdamW's decay of the adapter towards zero, which is towards the base"
+    )
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of its two moments")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     batch_tokens: int = Field(2048, ge=1, description="tokens in one forward pass, padding included")
     batch_rows: int | None = Field(None, ge=1, description="rows in one forward pass at most")
     accumulate: int = Field(1, ge=1, description="forward passes in one optimiser step, weighted by labelled tokens")
     gradient_checkpointing: bool = Field(False, description="compute activations twice, to keep fewer of them")
-    seed: int = Field(0, ge=0, description="of the adapter's init, the order of the rows and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the adapter's init, the order of the rows and dropout")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: about ten in a run")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at every evaluation")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
@@ -56,18 +62,22 @@ class RunSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="of the base weights")
     data: DataSettings = Field(description="the rows")
     lora: LoraConfig = Field(
-        default_factory=lambda: LoraConfig(r=DEFAULT_R, lora_alpha=2 * DEFAULT_R),
+        default_factory=lambda: LoraConfig.model_validate({"r": DEFAULT_R, "lora_alpha": 2 * DEFAULT_R, "task_type": TASK}),
         description="the adapter; here r is 16 and lora_alpha twice r where they are not given",
     )
-    train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="the loop")
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}), description="the loop")
 
     @field_validator("lora", mode="before")
     @classmethod
     def _default_rank(cls, given: Any) -> Any:
+        if isinstance(given, LoraConfig) and given.task_type is None:
+            return given.changed(task_type=TASK)
         if not isinstance(given, dict):
             return given
         r = given.get("r", DEFAULT_R)
-        return {"r": r, "lora_alpha": 2 * r, "task_type": "CAUSAL_LM"} | given
+        # An r that is at fault is told once, not a second time as the alpha that would follow from it.
+        is_rank = isinstance(r, int) and r > 0
+        return {"r": r, "lora_alpha": 2 * r if is_rank else 1, "task_type": TASK} | given
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
@@ -76,6 +86,11 @@ class RunSettings(Settings):
         if (self.data.prompt is None) != (self.data.completion is None):
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
         return self
+
+    def digest(self) -> str:
+        """Return a sha256 over what decides the numbers; where files lie does not count, since folders may be moved."""
+        places = {"model": True, "out": True, "data": {"path", "eval_path"}}
+        return hashlib.sha256(self.model_dump_json(exclude=places).encode()).hexdigest()  # type: ignore[arg-type]
 
     def to_toml(self) -> str:
         """Return the settings as TOML that reads back to the same settings."""
@@ -95,6 +110,8 @@ def read_settings(path: str | Path | None, overrides: dict[str, Any] | None = No
             raise ConfigError(f"there is no settings file {path}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     return RunSettings(**_merged(values, _without_none(overrides or {})))
 
 

@@ -50,7 +50,7 @@ def test_the_generator_writes_the_shipped_files(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), f"{name} differs: run {script.name}"
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 400), ("heldout", 80)])
+@pytest.mark.parametrize(("split", "count"), [("train", 432), ("heldout", 80)])
 def test_every_row_is_a_system_line_a_request_and_compact_json(split: str, count: int) -> None:
     rows = rows_of(split)
     assert len(rows) == count
@@ -101,7 +101,7 @@ def test_held_out_requests_and_names_are_new() -> None:
 
     names = {split: {(answer["name"] or "").lower() for answer in answers_of(split)} - {""} for split in ("train", "heldout")}
     assert not names["train"] & names["heldout"]
-    assert len(names["train"]) >= 60
+    assert len(names["train"]) >= 120
     assert len(names["heldout"]) >= 30
 
 
