@@ -62,7 +62,12 @@ def main() -> None:
         assert side is not None
         assert side.json is not None
         intent = side.json.fields["intent"]
-        result[name] = {"valid_json": side.json.valid.value, "intent": intent.value, "exact": side.json.exact.value, "n": intent.n}
+        result[name] = {
+            "valid_json": side.json.valid.value,
+            "intent": intent.value,
+            "exact": side.json.exact.value,
+            "n": intent.n,
+        }
     print(json.dumps(result))
 
 

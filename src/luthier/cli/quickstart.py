@@ -16,7 +16,7 @@ LONGEST_ANSWER = 48
 def quickstart(
     model: str = typer.Option(SMALL_MODEL, "--model", "-m", help="Base model to teach."),
     out: str | None = typer.Option(None, "--out", "-o", help="Folder of the run. Default: runs/quickstart-<number>."),
-    epochs: int = typer.Option(2, min=1, help="Passes over the 400 examples."),
+    epochs: int = typer.Option(1, min=1, help="Passes over the 432 examples."),
     max_steps: int | None = typer.Option(None, min=1, help="Stop training after so many steps."),
     limit: int | None = typer.Option(None, min=1, help="Judge only the first so many held-out rows."),
     dtype: str = DTYPE,
@@ -29,7 +29,7 @@ def quickstart(
     console.rule("1. the task", align="left")
     console.print(
         "A guitar maker's workshop gets requests in all kinds of words and wants a JSON object for each: task, instrument, day, "
-        "name. There are 400 examples to learn from and 80 requests held out to judge by; most of those are phrased as none of "
+        "name. There are 432 examples to learn from and 80 requests held out to judge by; most of those are phrased as none of "
         "the examples is."
     )
     from luthier.train.settings import RunSettings
@@ -39,7 +39,7 @@ def quickstart(
         "out": out or default_out(None, {"data": {"path": "quickstart"}}),
         "dtype": dtype,
         "data": {"path": str(data / "train.jsonl"), "eval_path": str(data / "heldout.jsonl")},
-        "train": {"epochs": epochs, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 8, "eval_every": 25},
+        "train": {"epochs": epochs, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 4, "eval_every": 54},
     }
     settings = RunSettings(**values)
     console.rule("2. train an adapter", align="left")

@@ -47,17 +47,22 @@ def new_folder(path: Path, *, replaces: frozenset[str] = frozenset()) -> Iterato
         try:
             yield temporary
             os.chmod(temporary, 0o755)
-            for file in temporary.rglob("*"):
-                _flush(file)
-            _flush(temporary)
-            if path.exists():
-                _refuse_strangers(path, replaces)  # again: filling the folder may have taken hours
-                _exchange(temporary, path)
-            else:
-                os.rename(temporary, path)
-            _flush(path.parent)
+            _refuse_strangers(path, replaces)  # again: filling the folder may have taken hours
+            put_in_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush the folder `temporary` and make it `path` in one step; what was at `path` is at `temporary` afterwards."""
+    for file in temporary.rglob("*"):
+        _flush(file)
+    _flush(temporary)
+    if path.exists():
+        _exchange(temporary, path)
+    else:
+        os.rename(temporary, path)
+    _flush(path.parent)
 
 
 def leftovers(folder: Path) -> list[Path]:

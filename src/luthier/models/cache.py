@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from luthier.core.atomic import put_in_place
 from luthier.core.errors import StorageError
 
 NOTE = "luthier-model.json"
@@ -73,24 +74,12 @@ def place(slug: str, build: Callable[[Path], None], *, force: bool = False, wait
 def _build(final: Path, temporary: Path, build: Callable[[Path], None]) -> Path:
     _remove(temporary)  # left by a process that was killed: the lock is ours, so nobody is using it
     temporary.mkdir()
-    replaced = temporary.with_name(temporary.name + ".replaced")
     try:
         build(temporary)
-        _flush(temporary)
-        _remove(replaced)
-        if final.exists():
-            final.rename(replaced)
-        try:
-            temporary.rename(final)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(final)
-            raise
-        _flush_entry(final.parent)
+        put_in_place(temporary, final)
         return final
     finally:
         _remove(temporary)
-        _remove(replaced)
 
 
 @contextmanager
@@ -113,18 +102,3 @@ def told_as_storage_error(target: Path) -> Iterator[None]:
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def _flush(folder: Path) -> None:
-    """Bring every file and folder below `folder` to the disk itself, so that a rename never outruns the contents."""
-    for path in sorted(folder.rglob("*")):
-        _flush_entry(path)
-    _flush_entry(folder)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
