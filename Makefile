@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+# A variable, since a comma would part the arguments of `call`.
+RUN    := .[gguf,plots]
 
 # The screen is for the lines below; what pip has to say goes to a log, whose end is shown if pip fails.
 LOG := $(VENV)/install.log
@@ -67,7 +69,7 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "[set-up] installing torch (about 200 MB for the CPU build); details go to $(LOG)"
 	@$(call pip_install,torch)
 	@echo "[set-up] installing luthier and what it runs on"
-	@$(call pip_install,-e '.[gguf,plots]')
+	@$(call pip_install,-e '$(RUN)')
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-run

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
 from tests.tiny_run import save_tiny_model
 
 ROWS = [

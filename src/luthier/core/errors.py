@@ -2,6 +2,7 @@
 
     LuthierError
     ├── ConfigError(ValueError)          a setting is unknown, impossible or has no effect
+    │   ├── SettingsError                (core.settings) every fault of one group of settings
     │   ├── TargetError                  target_modules matches nothing, or something that cannot be adapted
     │   └── AdapterNameError             an adapter name that would lose tensors or leave its folder
     ├── ShapeError(ValueError)           two tensors do not fit each other

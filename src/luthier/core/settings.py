@@ -1,10 +1,30 @@
 """Frozen, strict settings: an unknown key or an impossible value is an error that names every fault and the near misses."""
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.core.errors import ConfigError, did_you_mean
+
+
+# What other tools call the same thing, where no likeness of letters would find it.
+SYNONYMS = {
+    "alpha": "lora_alpha",
+    "batch_size": "batch_rows",
+    "dropout": "lora_dropout",
+    "gradient_accumulation_steps": "accumulate",
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "rank": "r",
+}
+
+
+class SettingsError(ConfigError):
+    """The faults of one group of settings, so that the group around it can list them as its own."""
+
+    def __init__(self, settings: type[BaseModel], faults: list[str]):
+        super().__init__(f"{settings.__name__} has {len(faults)} fault(s):\n" + "\n".join(f"  {fault}" for fault in faults))
+        self.faults = faults
 
 
 class Settings(BaseModel):
@@ -16,21 +36,27 @@ class Settings(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(_explain(error, type(self))) from None
+            raise SettingsError(type(self), _faults(error, type(self))) from None
 
-    def changed(self, **values: Any) -> "Settings":
+    def changed(self, **values: Any) -> Self:
         """Return a copy with some values replaced, validated like a new one."""
         return type(self)(**(dict(self) | values))
 
 
-def _explain(error: ValidationError, settings: type[BaseModel]) -> str:
-    faults = []
+def _faults(error: ValidationError, settings: type[BaseModel]) -> list[str]:
+    found: list[str] = []
     for fault in error.errors(include_url=False):
         where = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, SettingsError):
+            found += [f"[{where}] {inner}" for inner in cause.faults]
+        elif fault["type"] == "extra_forbidden":
             known = settings.model_fields
-            faults.append(f"unknown key '{where}'.{did_you_mean(where.split('.')[-1], known)} Known: {', '.join(known)}")
+            meant = f" Did you mean '{SYNONYMS[where]}'?" if SYNONYMS.get(where) in known else did_you_mean(where, known)
+            found.append(f"unknown key '{where}'.{meant} Known: {', '.join(known)}")
+        elif fault["type"] == "missing":
+            found.append(f"{where} is missing: {settings.model_fields[where].description}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            faults.append(f"{where}: {message} (given: {fault['input']!r})" if where else message)
-    return f"{settings.__name__} has {len(faults)} fault(s):\n" + "\n".join(f"  {fault}" for fault in faults)
+            found.append(f"{where}: {message} (given: {fault['input']!r})" if where else message)
+    return found

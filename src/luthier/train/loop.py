@@ -2,7 +2,8 @@
 
 A step adds up the loss of its micro-batches as a sum over answer tokens, divided by the number of answer tokens in the whole
 step: two batches of one row each count as one batch of two. Everything a step depends on (adapter, AdamW's moments, the
-generators, the position in the plan) is in a checkpoint, so a killed run that is resumed ends with the same bits.
+generators, the position in the plan) is in a checkpoint, so a killed run that is resumed ends with the same bits (on as many
+threads as before; where the number differs, a warning says so).
 
 Not here: which rows go together (schedule.py), the loss (luthier.engine), files (runfolder.py), the screen (display.py).
 """
@@ -124,6 +125,7 @@ class Trainer:
         """Write a checkpoint of the present state, if there is none yet."""
         if self.saved_step == self.progress.step:
             return
+        self.progress.num_threads = torch.get_num_threads()
         state = {f"{name}.{index:05d}": value for index, name, value in self._moments()}
         self.folder.save_checkpoint(self.progress, state | random_state(), self.write_adapter)
         self.saved_step = self.progress.step
@@ -139,6 +141,12 @@ class Trainer:
             raise CheckpointError(
                 f"the settings in {self.folder.path}/config.toml are not those this run began with; "
                 "restore them, or start a new run"
+            )
+        if progress.num_threads != torch.get_num_threads():
+            log.warning(
+                f"this run went on {progress.num_threads} threads so far and goes on with {torch.get_num_threads()}: sums are "
+                f"added in another order, so the last bits will differ. "
+                f"For the same bits set OMP_NUM_THREADS={progress.num_threads}."
             )
         for index, parameter in enumerate(self.parameters):
             moments = {name: state[f"{name}.{index:05d}"] for name in MOMENTS if f"{name}.{index:05d}" in state}

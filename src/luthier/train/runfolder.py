@@ -38,6 +38,7 @@ class Progress:
     tokens: int = 0
     labelled_tokens: int = 0
     seconds: float = 0.0
+    num_threads: int = 0
     digests: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,7 +80,7 @@ class RunFolder:
             for leftover in leftovers(folder):
                 shutil.rmtree(leftover, ignore_errors=True)
                 leftover.unlink(missing_ok=True)
-        return run, read_settings(run.path / CONFIG_FILE).changed(out=str(path))  # type: ignore[return-value]
+        return run, read_settings(run.path / CONFIG_FILE).changed(out=str(path))
 
     def save_checkpoint(self, progress: Progress, optimizer: dict[str, Tensor], write_adapter: Any) -> Path:
         """Write one checkpoint. `write_adapter(folder)` writes the adapter; `optimizer` are tensors by name."""

@@ -71,6 +71,7 @@ def outcome(folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def whole_run(settings_in: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a lively run that nobody stopped: 9 steps, 3 evaluations."""
+    torch.set_num_threads(2)  # as in every test, but this may come before the first: bits depend on the number of threads
     settings = settings_in(tmp_path_factory.mktemp("whole") / "run", **LIVELY)
     train(settings)
     folder = Path(settings.out)
@@ -162,6 +163,14 @@ def test_changed_rows_are_refused(run_settings: Make, tmp_path: Path) -> None:
     write_rows(Path(settings.data.eval_path or ""), 6, start=50)
     with pytest.raises(CheckpointError, match="are not those this run began with"):
         resume(cut)
+
+
+def test_another_number_of_threads_is_told(run_settings: Make, caplog: pytest.LogCaptureFixture) -> None:
+    cut = crashed_run(run_settings(**LIVELY), 5)
+    torch.set_num_threads(1)
+    resume(cut)
+    assert "this run went on 2 threads so far and goes on with 1" in caplog.text
+    assert "OMP_NUM_THREADS=2" in caplog.text
 
 
 def test_changed_settings_are_refused(run_settings: Make) -> None:

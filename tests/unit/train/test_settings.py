@@ -112,7 +112,7 @@ def test_all_faults_are_told_at_once() -> None:
 def test_a_bad_rank_is_told_once_and_not_as_a_bad_alpha(r: object) -> None:
     with pytest.raises(ConfigError) as error:
         least(lora={"r": r})
-    assert "LoraConfig has 1 fault(s)" in str(error.value)
+    assert "has 1 fault(s)" in str(error.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
