@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.core.errors import ConfigError, did_you_mean
 
-
 # What other tools call the same thing, where no likeness of letters would find it.
 SYNONYMS = {
     "alpha": "lora_alpha",
