@@ -5,6 +5,7 @@ turn is therefore found by rendering the chat template. Blind spot: the pre-toke
 architecture, not the one named by `tokenizer.ggml.pre`.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     Raises: ModelError if the file is damaged or of an architecture transformers cannot read; MissingExtraError without gguf.
     """
-    try:
-        import gguf as _reader  # noqa: F401  transformers reads GGUF through it, and says so less clearly
-    except ImportError as error:
-        raise MissingExtraError("gguf", "gguf", f"Reading {gguf.name}") from error
+    for package in ("gguf", "accelerate"):  # transformers reads GGUF through both, and says so less clearly
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "gguf", f"Reading {gguf.name}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

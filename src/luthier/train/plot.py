@@ -28,7 +28,7 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
         best = min(held_out, key=lambda pair: pair[1])
-        axes.annotate(f"best {best[1]:.4f}", best, textcoords="offset points", xytext=(4, 8))
+        axes.annotate(f"best {best[1]:.4f}", best, textcoords="offset points", xytext=(0, 8), horizontalalignment="right")
     # The title names the user's files; a $ in one is no formula.
     axes.set_title(title, parse_math=False)
     axes.set(xlabel="optimiser step", ylabel="loss per answer token (nats)")
