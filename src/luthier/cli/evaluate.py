@@ -1,5 +1,6 @@
 """`luthier eval`: base and adapter on the same held-out rows, side by side."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import typer
 
 from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, json_text, make_console, print_json
 from luthier.core.errors import ConfigError
+
+PLAIN_SECONDS = 15.0
 
 
 def evaluate(
@@ -82,12 +85,15 @@ def progress_bar(console: Any) -> Any:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             tasks: dict[str, Any] = {}
+            last_line = time.monotonic()
 
             def on_progress(stage: str, done: int, total: int) -> None:
+                nonlocal last_line
                 if stage not in tasks:
                     tasks[stage] = progress.add_task(stage, total=total)
-                    if not console.is_terminal:
-                        console.print(f"{stage}: {total} rows", style="dim")
+                if not console.is_terminal and (done == total or time.monotonic() - last_line > PLAIN_SECONDS):
+                    last_line = time.monotonic()
+                    console.print(f"{stage}: {done}/{total} rows", style="dim", highlight=False)
                 progress.update(tasks[stage], completed=done)
 
             yield on_progress
