@@ -55,3 +55,17 @@ def test_the_package_has_public_names() -> None:
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = luthier.no_such_name
+
+
+def test_threads_of_the_command_line_wait_without_spinning() -> None:
+    # OpenMP reads the word when torch is loaded, so it must be there before, and the user's own word must stand.
+    script = (
+        "import os, sys; from luthier.cli.app import main; sys.argv = ['luthier', '--version']\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    for given, expected in ((None, "PASSIVE False"), ("ACTIVE", "ACTIVE False")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.splitlines()[-1] == expected
