@@ -9,7 +9,8 @@ A name in a config file proves nothing, so an adapter carries the fingerprint of
     sample     three slices of 2,048 elements of every tensor: finds a merged adapter, which leaves the anchors equal
     sketch     64 values in a row of every matrix: finds a merged adapter even behind 4-bit quantisation
 
-Everything is taken after a cast to bfloat16, so float32 and bfloat16 copies of one checkpoint agree.
+Everything is taken after a cast to bfloat16, so float32 and bfloat16 copies of one checkpoint agree, and float16 copies of a
+bfloat16 one: what is below float16's normal range counts as zero in the digests.
 
 The sketch works because rounding to the nearest level can be checked (sketch.py says how). Rounding alone leaves 0 to 0.02 % of
 the values in a wrong cell (NF4, Q4_1), 0.2 % where the scales were quantised too. An adapter merged into random weights before
@@ -22,7 +23,7 @@ Blind spots, told rather than guessed at:
 - blocks of 16 (Q6_K, Q3_K, Q2_K) and methods that do not round to the nearest level (GPTQ, AWQ) get no `quantised-of`, only
   `declared` where the configuration names the method, else `mismatch`;
 - a change elsewhere than in the sampled 6,144 elements of a tensor is seen by `full_digest` only;
-- a float16 copy of a float32 checkpoint is rounded twice and counts as a mismatch;
+- a float16 copy of a float32 checkpoint is rounded twice and counts as a mismatch (one of a bfloat16 checkpoint does not);
 - the tokenizer and the chat template are not part of the weights.
 
 This file never loads a model: it reads tensors it is given, or the bytes of safetensors files.
@@ -54,6 +55,7 @@ SCHEME = "luthier-base-1"
 """Changes whenever the same weights would give another fingerprint."""
 
 SLICE = 2048
+FLOAT16_NORMAL = 2.0**-14
 SKETCH_VALUES = 64
 """Per matrix. 64 x 2 bytes x 211 matrices are 36 KB in base64: enough values (13,504) to see a change of 0.5 % in every layer."""
 SKETCH_TENSORS = 512
@@ -228,10 +230,17 @@ def full_digest(path: Path) -> str:
 
 
 def _bytes(flat: "torch.Tensor") -> bytes:
-    """The values of a flat tensor as little-endian bfloat16."""
+    """The values of a flat tensor as little-endian bfloat16; those that float16 cannot hold as well count as zero."""
     import torch
 
-    return flat.to(device="cpu", dtype=torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
+    rounded = flat.to(device="cpu", dtype=torch.bfloat16)
+    return _raw(torch.where(rounded.abs() < FLOAT16_NORMAL, torch.zeros_like(rounded), rounded))
+
+
+def _raw(bfloat16: "torch.Tensor") -> bytes:
+    import torch
+
+    return bfloat16.contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
 
 
 def _sample(tensor: "torch.Tensor") -> tuple[bytes, bytes]:
@@ -245,9 +254,9 @@ def _sample(tensor: "torch.Tensor") -> tuple[bytes, bytes]:
     # A whole number of runs from the start, so that the run never crosses the edge of a quantiser's block.
     run = (count // 2) // SKETCH_VALUES * SKETCH_VALUES
     parts = [flat[:SLICE], flat[middle : middle + SLICE], flat[end:], flat[run : run + SKETCH_VALUES]]
-    raw = _bytes(torch.cat(parts))
-    cut = len(raw) - 2 * parts[-1].numel()
-    return raw[:cut], raw[cut:]
+    rounded = torch.cat(parts).to(device="cpu", dtype=torch.bfloat16)
+    cut = rounded.numel() - parts[-1].numel()
+    return _bytes(rounded[:cut]), _raw(rounded[cut:])
 
 
 def _fault(tensor: "torch.Tensor") -> str:

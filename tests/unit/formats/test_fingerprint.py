@@ -123,6 +123,16 @@ def test_a_fingerprint_survives_json_and_stays_small(base):
     assert len(text) < 400 * len(tensors)
 
 
+def test_a_float16_copy_of_a_bfloat16_checkpoint_is_the_same_base():
+    # Values down to 2^-20: below 2^-14 float16 loses bits that bfloat16 has.
+    generator = torch.Generator().manual_seed(3)
+    tensors = {f"layers.{n}.weight": (torch.randn(61, 67, generator=generator) * 2.0 ** (-6 * n)).bfloat16() for n in range(4)}
+    tensors["norm.weight"] = torch.rand(67, generator=generator).bfloat16() * 1e-4
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    assert any(not torch.equal(half[name].bfloat16(), tensor) for name, tensor in tensors.items())
+    assert compare(fingerprint(tensors.items(), {}), fingerprint(half.items(), {})).verdict is Verdict.EXACT
+
+
 def test_the_sketch_holds_the_bfloat16_values_of_the_middle(base):
     tensors, config = base
     name = "model.layers.3.mlp.down_proj.weight"  # 192 x 320 = 61,440 elements; the middle is 30,720 = 480 runs of 64
