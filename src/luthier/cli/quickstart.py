@@ -17,7 +17,7 @@ def quickstart(
     model: str = typer.Option(SMALL_MODEL, "--model", "-m", help="Base model to teach."),
     out: str | None = typer.Option(None, "--out", "-o", help="Folder of the run. Default: runs/quickstart-<number>."),
     epochs: int = typer.Option(1, min=1, help="Passes over the 432 examples."),
-    max_steps: int | None = typer.Option(None, min=1, help="Stop training after so many steps."),
+    max_steps: int = typer.Option(90, min=1, help="Stop training after so many steps; 108 are one pass."),
     limit: int | None = typer.Option(None, min=1, help="Judge only the first so many held-out rows."),
     dtype: str = DTYPE,
     as_json: bool = JSON,
@@ -39,7 +39,7 @@ def quickstart(
         "out": out or default_out(None, {"data": {"path": "quickstart"}}),
         "dtype": dtype,
         "data": {"path": str(data / "train.jsonl"), "eval_path": str(data / "heldout.jsonl")},
-        "train": {"epochs": epochs, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 4, "eval_every": 54},
+        "train": {"epochs": epochs, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 4, "eval_every": 1000},
     }
     settings = RunSettings(**values)
     console.rule("2. train an adapter", align="left")
