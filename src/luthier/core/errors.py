@@ -2,7 +2,6 @@
 
     LuthierError
     ├── ConfigError(ValueError)          a setting is unknown, impossible or has no effect
-    │   ├── SettingsError                (core.settings) every fault of one group of settings
     │   ├── TargetError                  target_modules matches nothing, or something that cannot be adapted
     │   └── AdapterNameError             an adapter name that would lose tensors or leave its folder
     ├── ShapeError(ValueError)           two tensors do not fit each other
@@ -23,7 +22,7 @@ what was needed and what to do, and lists every fault at once.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LuthierError(Exception):
@@ -31,7 +30,11 @@ class LuthierError(Exception):
 
 
 class ConfigError(LuthierError, ValueError):
-    """A setting is unknown, impossible or has no effect."""
+    """A setting is unknown, impossible or has no effect. `faults` are the lines of a message that lists several."""
+
+    def __init__(self, message: str, faults: Sequence[str] = ()):
+        super().__init__(message)
+        self.faults = tuple(faults)
 
 
 class TargetError(ConfigError):

@@ -18,14 +18,6 @@ SYNONYMS = {
 }
 
 
-class SettingsError(ConfigError):
-    """The faults of one group of settings, so that the group around it can list them as its own."""
-
-    def __init__(self, settings: type[BaseModel], faults: list[str]):
-        super().__init__(f"{settings.__name__} has {len(faults)} fault(s):\n" + "\n".join(f"  {fault}" for fault in faults))
-        self.faults = faults
-
-
 class Settings(BaseModel):
     """A pydantic model that forbids unknown keys, cannot be changed, and raises ConfigError."""
 
@@ -35,7 +27,9 @@ class Settings(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise SettingsError(type(self), _faults(error, type(self))) from None
+            faults = _faults(error, type(self))
+            listed = "\n".join(f"  {fault}" for fault in faults)
+            raise ConfigError(f"{type(self).__name__} has {len(faults)} fault(s):\n{listed}", faults) from None
 
     def changed(self, **values: Any) -> Self:
         """Return a copy with some values replaced, validated like a new one."""
@@ -47,8 +41,8 @@ def _faults(error: ValidationError, settings: type[BaseModel]) -> list[str]:
     for fault in error.errors(include_url=False):
         where = ".".join(str(part) for part in fault["loc"])
         cause = fault.get("ctx", {}).get("error")
-        if isinstance(cause, SettingsError):
-            found += [f"[{where}] {inner}" for inner in cause.faults]
+        if isinstance(cause, ConfigError):
+            found += [f"[{where}] {inner}" for inner in cause.faults or [str(cause)]]
         elif fault["type"] == "extra_forbidden":
             known = settings.model_fields
             meant = f" Did you mean '{SYNONYMS[where]}'?" if SYNONYMS.get(where) in known else did_you_mean(where, known)
