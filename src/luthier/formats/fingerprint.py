@@ -51,7 +51,7 @@ from luthier.models.weights import read_entries, weight_files
 if TYPE_CHECKING:
     import torch
 
-SCHEME = "luthier-base-1"
+SCHEME = "luthier-base-2"
 """Changes whenever the same weights would give another fingerprint."""
 
 SLICE = 2048
@@ -179,6 +179,8 @@ def compare(recorded: Fingerprint | None, base: Fingerprint) -> Comparison:
     """
     if recorded is None:
         return Comparison(Verdict.UNKNOWN, "no fingerprint of a base was recorded")
+    if recorded.scheme != base.scheme:
+        return Comparison(Verdict.UNKNOWN, f"its fingerprint was taken by another scheme ({recorded.scheme}, here {base.scheme})")
     if recorded.scheme != base.scheme:
         return Comparison(
             Verdict.UNKNOWN, f"the recorded fingerprint is of scheme {recorded.scheme!r}, this one of {base.scheme!r}"

@@ -133,6 +133,14 @@ def test_a_float16_copy_of_a_bfloat16_checkpoint_is_the_same_base():
     assert compare(fingerprint(tensors.items(), {}), fingerprint(half.items(), {})).verdict is Verdict.EXACT
 
 
+def test_a_fingerprint_of_another_scheme_says_nothing():
+    taken = fingerprint([("a.weight", torch.randn(7, 13))], {})
+    older = taken.model_copy(update={"scheme": "luthier-base-1"})
+    found = compare(older, taken)
+    assert found.verdict is Verdict.UNKNOWN
+    assert "luthier-base-1" in found.reason
+
+
 def test_the_sketch_holds_the_bfloat16_values_of_the_middle(base):
     tensors, config = base
     name = "model.layers.3.mlp.down_proj.weight"  # 192 x 320 = 61,440 elements; the middle is 30,720 = 480 runs of 64
