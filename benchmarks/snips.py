@@ -14,6 +14,7 @@ from rich.console import Console
 
 from luthier.cli.evaluate import progress_bar
 from luthier.cli.output import quiet_transformers
+from luthier.core.atomic import write_atomic
 from luthier.evaluate.judgement import judge
 from luthier.evaluate.report import judgement_report
 from luthier.train import RunSettings, resume, train
@@ -57,6 +58,7 @@ def main() -> None:
             base.model, base.tokenizer, examples, max_new_tokens=96, batch_rows=50, case_folded=True, on_progress=on_progress
         )
     console.print(judgement_report(judgement, samples=3))
+    write_atomic(Path(arguments.out) / "judgement.json", json.dumps(judgement.as_dict(), default=str))
     result = {"judge_seconds": round(time.perf_counter() - began), **outcome.summary}
     for name, side in (("base", judgement.base), ("adapter", judgement.adapter)):
         assert side is not None
@@ -64,6 +66,7 @@ def main() -> None:
         intent = side.json.fields["intent"]
         result[name] = {
             "valid_json": side.json.valid.value,
+            "valid_json_without_repeated_keys": (side.json.valid.hits - side.json.repeating.hits) / side.json.valid.n,
             "intent": intent.value,
             "exact": side.json.exact.value,
             "n": intent.n,

@@ -4,8 +4,9 @@ Pure functions on strings, no torch. What counts as equal:
 
 - text: with white space at both ends stripped, the same characters;
 - JSON values: the same value. Key order does not matter, list order does. 1 and 1.0 are equal, for JSON knows one kind of
-  number; true and 1 are not. An output is JSON only if the whole of it is one value: no prose or code fence around it, no NaN
-  or Infinity, no key twice in one object.
+  number; true and 1 are not. An output is JSON if the whole of it is one value by the grammar of RFC 8259: no prose or code
+  fence around it, no NaN or Infinity. An object that says one key twice is still JSON there ("names SHOULD be unique"), but
+  what it says under that key is anyone's guess: that value equals nothing, so neither does the object. Such outputs are counted.
 
 With `case_folded` upper and lower case are the same in text and in JSON strings, but not in keys: keys are the schema.
 """
@@ -20,14 +21,19 @@ from luthier.core.errors import DataError
 from luthier.evaluate.statistics import Share, share
 
 
-class _Invalid:
-    """The type of INVALID, which is not None because null is a JSON value."""
+class _NoValue:
+    """What stands where there is no value, and equals nothing; not None, because null is a JSON value."""
+
+    def __init__(self, name: str):
+        self.name = name
 
     def __repr__(self) -> str:
-        return "INVALID"
+        return self.name
 
 
-INVALID = _Invalid()
+INVALID = _NoValue("INVALID")
+REPEATED = _NoValue("REPEATED")
+"""The value of a key that its object says more than once."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ class PairScores:
 class JsonScores:
     """How well outputs match JSON references.
 
-    `valid`: outputs that are JSON. `exact`: outputs whose value equals the reference's; not JSON is a miss. `fields`: for each
-    top-level key of the references, the share of the references having it where the output has the same value under it.
-    `pairs`: for each top-level field that holds objects, how many of their key-value pairs were found.
+    `valid`: outputs that are JSON. `repeating`: outputs that are JSON and say some key twice. `exact`: outputs whose value
+    equals the reference's; not JSON is a miss. `fields`: for each top-level key of the references, the share of the references
+    having it where the output has the same value under it. `pairs`: for each top-level field that holds objects, how many of
+    their key-value pairs were found.
     """
 
     valid: Share
+    repeating: Share
     exact: Share
     fields: dict[str, Share] = field(default_factory=dict)
     pairs: dict[str, PairScores] = field(default_factory=dict)
@@ -68,9 +76,9 @@ def json_scores(outputs: Sequence[str], references: Sequence[str], *, case_folde
         raise DataError(f"{len(outputs)} outputs and {len(references)} references; one of each per row is needed")
     given = [parse_json(output) for output in outputs]
     wanted = [parse_json(reference) for reference in references]
-    if faults := [row for row, value in enumerate(wanted) if value is INVALID]:
+    if faults := [row for row, value in enumerate(wanted) if value is INVALID or says_a_key_twice(value)]:
         raise DataError(
-            f"{len(faults)} of {len(wanted)} references are not JSON, the first in row {faults[0]}: "
+            f"{len(faults)} of {len(wanted)} references are not JSON without repeated keys, the first in row {faults[0]}: "
             f"{references[faults[0]][:80]!r}"
         )
     rows = list(zip(given, wanted, strict=True))
@@ -78,6 +86,7 @@ def json_scores(outputs: Sequence[str], references: Sequence[str], *, case_folde
     keys = list(dict.fromkeys(key for _, want in objects for key in want))
     return JsonScores(
         valid=share(sum(value is not INVALID for value in given), len(given)),
+        repeating=share(sum(map(says_a_key_twice, given)), len(given)),
         exact=share(sum(same_value(got, want, case_folded=case_folded) for got, want in rows), len(rows)),
         fields={key: _field_score(objects, key, case_folded) for key in keys},
         pairs={key: scores for key in keys if (scores := _pair_scores(objects, key, case_folded)) is not None},
@@ -86,22 +95,36 @@ def json_scores(outputs: Sequence[str], references: Sequence[str], *, case_folde
 
 def is_json_container(text: str) -> bool:
     """Whether a text is a JSON object or array; bare numbers and words are better judged as text."""
-    return isinstance(parse_json(text), dict | list)
+    value = parse_json(text)
+    return isinstance(value, dict | list) and not says_a_key_twice(value)
 
 
 def parse_json(text: str) -> Any:
-    """Return the one JSON value that `text` is, or INVALID. Numbers come as int or Decimal, so no digit is lost."""
+    """Return the one JSON value that `text` is, or INVALID. Numbers come as int or Decimal, so no digit is lost.
+
+    A key that an object says more than once has the value REPEATED there.
+    """
     try:
-        return json.loads(
-            text, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_object_without_duplicates
-        )
+        return json.loads(text, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except (ValueError, ArithmeticError, RecursionError):  # malformed; a number beyond Decimal; nested without end
         return INVALID
 
 
+def says_a_key_twice(value: Any) -> bool:
+    """Whether an object anywhere in a parsed JSON value has the same key more than once."""
+    unseen = [value]
+    while unseen:
+        item = unseen.pop()
+        if item is REPEATED:
+            return True
+        if isinstance(item, dict | list):
+            unseen += item.values() if isinstance(item, dict) else item
+    return False
+
+
 def same_value(left: Any, right: Any, *, case_folded: bool = False) -> bool:
-    """Whether two parsed JSON values are equal as this file's head defines it. INVALID equals nothing."""
-    if left is INVALID or right is INVALID:
+    """Whether two parsed JSON values are equal as this file's head defines it. INVALID and REPEATED equal nothing."""
+    if isinstance(left, _NoValue) or isinstance(right, _NoValue):
         return False
     if isinstance(left, str) and isinstance(right, str):
         return left.casefold() == right.casefold() if case_folded else left == right
@@ -145,8 +168,8 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key comes twice")
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        value[key] = REPEATED if key in value else item
     return value

@@ -88,8 +88,10 @@ def _lines(sides: "list[Side]") -> list[tuple[str, list[str]]]:
 
 
 def _json_lines(scores: "list[JsonScores]") -> list[tuple[str, list[str]]]:
+    any_repeats = any(score.repeating.hits for score in scores)
     lines = [
         ("valid JSON", [_percent(score.valid) for score in scores]),
+        *([("  saying a key twice", [_percent(score.repeating) for score in scores])] if any_repeats else []),
         ("JSON value equal", [_percent(score.exact) for score in scores]),
     ]
     names = scores[0].fields  # the references set the names, so every side has the same
