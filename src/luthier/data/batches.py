@@ -27,14 +27,43 @@ class Batch:
     attention_mask: "torch.Tensor"
     labels: "torch.Tensor"
 
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+        return int(self.attention_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Rows one after another without padding, longest first: input_ids (1, N) int64 and their `lengths`, which sum to N.
+
+    `targets` (N,) is for each token the label of the one that comes next in its row, UNLABELLED at each row's last.
+    """
+
+    input_ids: "torch.Tensor"
+    targets: "torch.Tensor"
+    lengths: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
 
 def plan_epoch(
-    lengths: Sequence[int], *, batch_tokens: int, max_rows: int | None = None, seed: int, epoch: int, multiple_of: int = 8
+    lengths: Sequence[int],
+    *,
+    batch_tokens: int,
+    max_rows: int | None = None,
+    seed: int,
+    epoch: int,
+    multiple_of: int = 8,
+    packed: bool = False,
 ) -> list[list[int]]:
     """Return the batches of one epoch, each a list of row indices; every row is in exactly one.
 
     A batch costs its number of rows times its longest row as `collate` pads it, at most `batch_tokens`; a row that costs
-    more alone gets a batch of its own. Rows of like length are together, order is shuffled. The same arguments give the
+    more alone gets a batch of its own. Rows of like length are together, order is shuffled. With `packed` a batch costs
+    the sum of its rows, as `pack` lays them, and which rows meet is left to chance alone. The same arguments give the
     same plan on any machine, so a resumed run rebuilds it.
     Raises: ConfigError for a budget below 1; DataError for a row without tokens.
     """
@@ -50,6 +79,8 @@ def plan_epoch(
     dice = random.Random(f"luthier epoch plan, seed {seed}, epoch {epoch}")
     order = list(range(len(lengths)))
     dice.shuffle(order)
+    if packed:
+        return _filled_as_they_come(order, lengths, batch_tokens, max_rows or len(order))
     padded = [padded_length(length, multiple_of) for length in lengths]
     rows_per_batch = max(1, batch_tokens * len(padded) // sum(padded))
     window = WINDOW_BATCHES * min(rows_per_batch, max_rows or rows_per_batch)
@@ -80,6 +111,18 @@ def collate(rows: Sequence[EncodedRow], pad_id: int, *, multiple_of: int = 8) ->
         attention_mask[index, : len(row)] = 1
         labels[index, : len(row)] = torch.tensor(row.labels)
     return Batch(input_ids, attention_mask, labels)
+
+
+def pack(rows: Sequence[EncodedRow]) -> PackedBatch:
+    """Return the rows as one PackedBatch: no padding, and like lengths side by side."""
+    import torch
+
+    if not rows:
+        raise DataError("A batch needs at least one row.")
+    ordered = sorted(rows, key=len, reverse=True)
+    input_ids = torch.tensor([token for row in ordered for token in row.input_ids]).unsqueeze(0)
+    targets = torch.tensor([label for row in ordered for label in (*row.labels[1:], UNLABELLED)])
+    return PackedBatch(input_ids, targets, tuple(len(row) for row in ordered))
 
 
 def split_rows(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -113,4 +156,16 @@ def _filled(longest_first: Sequence[int], padded: Sequence[int], batch_tokens: i
             room = max(1, min(max_rows, batch_tokens // padded[index]))  # its first row is its longest
         batches[-1].append(index)
         room -= 1
+    return batches
+
+
+def _filled_as_they_come(order: Sequence[int], lengths: Sequence[int], batch_tokens: int, max_rows: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in order:
+        if not batches or len(batches[-1]) == max_rows or tokens + lengths[index] > batch_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += lengths[index]
     return batches

@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 
-from luthier.core.errors import ConfigError, DataError, TrainingError
+from luthier.adapt.fusing import decoder_of, fusion_of
+from luthier.core.errors import AdapterStateError, ConfigError, DataError, TrainingError
+from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.engine.batches import batches_by_length
 from luthier.engine.modes import evaluating
+from luthier.layers.fused import projection_of
+from luthier.ops.cross_entropy import labelled_cross_entropy
+from luthier.ops.documents import Documents
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from luthier.data.batches import Batch
     from luthier.data.encode import EncodedRow
 
 IGNORED = -100  # the label of a token that is not part of an answer, as everywhere in the field
@@ -39,14 +43,22 @@ class LossReport:
     rows: int
 
 
-def answer_loss(model: "nn.Module", batch: "Batch") -> "tuple[Tensor, int]":
+def answer_loss(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tensor, int]":
     """Return the summed negative log likelihood of the labelled tokens (differentiable, float32) and their number.
 
-    The same as `answer_loss_plain`, without the logits nobody asks for. The first token of a row has nothing before it to
-    be predicted from and never counts, labelled or not.
-    Raises: DataError if the batch has no labelled token.
+    The same as `answer_loss_plain`, without the logits nobody asks for; on a fused model (`luthier.adapt.fusing`) without more
+    than a few of them at a time. The first token of a row has nothing before it to be predicted from and never counts,
+    labelled or not. A PackedBatch needs a model that `fuse` has made to keep documents apart.
+    Raises: DataError if the batch has no labelled token; AdapterStateError for a packed one on a model that cannot take it.
     """
+    if isinstance(batch, PackedBatch):
+        hidden_NI, targets_N = _packed_hidden(model, batch)
+        return _loss_of_hidden(model, hidden_NI, targets_N)
     inputs, targets_BT = _inputs_and_targets(model, batch)
+    decoder = decoder_of(model)
+    if decoder is not None and fusion_of(model).head_is_plain:
+        hidden_BTI = decoder(**inputs).last_hidden_state[:, :-1]
+        return _loss_of_hidden(model, hidden_BTI.flatten(0, 1), targets_BT.flatten())
     is_labelled_BT = targets_BT != IGNORED
     positions_K = is_labelled_BT.any(dim=0).nonzero().squeeze(1)
     if "logits_to_keep" in _forward_parameters(model):
@@ -58,12 +70,54 @@ def answer_loss(model: "nn.Module", batch: "Batch") -> "tuple[Tensor, int]":
     return F.cross_entropy(logits_BKV[is_labelled_BK].float(), targets, reduction="sum"), len(targets)
 
 
+def _packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Tensor]":
+    import torch
+
+    fusion, decoder = fusion_of(model), decoder_of(model)
+    if decoder is None or not (fusion.packs and fusion.head_is_plain):
+        raise AdapterStateError(f"this model cannot take rows laid end to end ({fusion}); give them padded")
+    if fusion.longest is not None and max(batch.lengths) > fusion.longest:
+        raise DataError(
+            f"a row has {max(batch.lengths)} tokens, this model's attention sees {fusion.longest}; give the rows padded"
+        )
+    device = next(model.parameters()).device
+    targets_N = batch.targets.to(device)
+    _check_labelled(targets_N)
+    documents = Documents(batch.lengths, device)
+    hidden_1NI = decoder(
+        input_ids=batch.input_ids.to(device),
+        position_ids=documents.position_ids,
+        # Masks are not made, since fused attention needs none; this one fits nowhere, so that whoever did read it would fail.
+        attention_mask=torch.empty(1, 1, 0, 0, device=device),
+        use_cache=False,
+        documents=documents,
+    ).last_hidden_state
+    return hidden_1NI[0], targets_N
+
+
+def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor") -> "tuple[Tensor, int]":
+    """Return the loss at the labelled positions; the head is known to be plain."""
+    positions_K = (targets_N != IGNORED).nonzero().squeeze(1)
+    hidden_KI, targets_K = hidden_NI.index_select(0, positions_K), targets_N[positions_K]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    projection = projection_of(head, hidden_KI)
+    if projection is not None and not projection.dropout:
+        return labelled_cross_entropy(hidden_KI, targets_K, projection), len(targets_K)
+    return F.cross_entropy(head(hidden_KI).float(), targets_K, reduction="sum"), len(targets_K)
+
+
 def answer_loss_plain(model: "nn.Module", batch: "Batch") -> "tuple[Tensor, int]":
     """The plain expression `answer_loss` equals: logits at every position, cross entropy where the next token is labelled."""
     inputs, targets_BT = _inputs_and_targets(model, batch)
     logits_BTV = model(**inputs).logits[:, :-1].float()
     loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss, int((targets_BT != IGNORED).sum())
+
+
+def can_take_packed(model: "nn.Module", rows: "Sequence[EncodedRow]") -> bool:
+    """Return whether these rows may be laid end to end for this model."""
+    fusion = fusion_of(model)
+    return fusion.packs and fusion.head_is_plain and max(map(len, rows)) <= (fusion.longest or math.inf)
 
 
 def held_out_loss(
@@ -79,16 +133,16 @@ def held_out_loss(
     `progress` is called with (rows done, rows in all) after each batch. The model's modes come back as they were.
     Raises: ConfigError, DataError (no rows, or rows without a labelled token), TrainingError if a loss is not finite.
     """
-    from luthier.data import collate
-
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     if not rows:
         raise DataError("there are no rows to score; give at least one")
     total, labelled_tokens, done = 0.0, 0, 0
+    packs = can_take_packed(model, rows)
     with evaluating(model):
         for indices in batches_by_length([len(row.input_ids) for row in rows], max_tokens=batch_tokens):
-            loss, count = answer_loss(model, collate([rows[index] for index in indices], pad_id))
+            together = [rows[index] for index in indices]
+            loss, count = answer_loss(model, pack(together) if packs else collate(together, pad_id))
             if not math.isfinite(float(loss)):
                 raise TrainingError(
                     f"the held-out loss is {float(loss)} for rows {sorted(rows[index].row for index in indices)}: "
@@ -107,17 +161,21 @@ def _inputs_and_targets(model: "nn.Module", batch: "Batch") -> "tuple[dict[str, 
     """Return the keyword arguments of the forward pass, and for each position the token that comes next (B, T-1)."""
     device = next(model.parameters()).device
     targets_BT = batch.labels[:, 1:].to(device)
-    if not bool((targets_BT != IGNORED).any()):
-        raise DataError(
-            "this batch has no labelled token that could be predicted, so there is nothing to learn or score; "
-            "each row needs an answer (labels other than -100 after its first token)"
-        )
+    _check_labelled(targets_BT)
     inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device)}
     if not bool(batch.attention_mask.all()):  # without a mask, attention takes its faster causal path
         inputs["attention_mask"] = batch.attention_mask.to(device)
     if "use_cache" in _forward_parameters(model):
         inputs["use_cache"] = False
     return inputs, targets_BT
+
+
+def _check_labelled(targets: "Tensor") -> None:
+    if not bool((targets != IGNORED).any()):
+        raise DataError(
+            "this batch has no labelled token that could be predicted, so there is nothing to learn or score; "
+            "each row needs an answer (labels other than -100 after its first token)"
+        )
 
 
 def _forward_parameters(model: "nn.Module") -> frozenset[str]:

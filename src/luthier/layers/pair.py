@@ -23,6 +23,11 @@ class LoraPair(nn.Module):
     def r(self) -> int:
         return self.lora_A.shape[0]
 
+    @property
+    def live_dropout(self) -> float:
+        """The share of x that is dropped now: 0 outside training."""
+        return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
+
     def delta(self) -> Tensor:
         """Return the dense update (O, I), in float32 or wider."""
         return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)

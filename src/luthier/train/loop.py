@@ -19,9 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from luthier.adapt.fusing import unfuse
 from luthier.adapt.state import adapter_parameters
 from luthier.core.errors import CheckpointError, TrainingError
-from luthier.data.batches import Batch, collate
+from luthier.data.batches import Batch, PackedBatch, collate, pack
+from luthier.data.encode import UNLABELLED
 from luthier.engine.score import answer_loss, held_out_loss
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
@@ -119,6 +121,7 @@ class Trainer:
                     return "interrupted"
         finally:
             self.model.eval()
+            unfuse(self.model)
         return "finished"
 
     def save(self) -> None:
@@ -176,16 +179,17 @@ class Trainer:
                 item.parameter.copy_(stored[item_key(item)])
         self.adapter_step = best
 
-    def micro_batch(self, indices: list[int]) -> Batch:
-        """Return the rows with these indices as one padded batch."""
-        return collate([self.prepared.rows.train.rows[index] for index in indices], self.prepared.pad_id)
+    def micro_batch(self, indices: list[int]) -> Batch | PackedBatch:
+        """Return the rows with these indices as one batch, packed or padded as the run has it."""
+        rows = [self.prepared.rows.train.rows[index] for index in indices]
+        return pack(rows) if self.prepared.packed else collate(rows, self.prepared.pad_id)
 
     def _train_step(self) -> None:
         began = time.perf_counter()
         step = self.progress.step
         epoch, micro_batches = self.prepared.steps[step]
         batches = [self.micro_batch(indices) for indices in micro_batches]
-        labelled = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
+        labelled = sum(count_labelled(batch) for batch in batches)
         loss = 0.0
         for batch in batches:
             loss_sum, _ = answer_loss(self.model, batch)
@@ -202,7 +206,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - began
         self.progress.step += 1
         self.progress.tokens += tokens
@@ -266,6 +270,12 @@ class Trainer:
         if still:
             some = ", ".join(still[:5])
             log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {some}")
+
+
+def count_labelled(batch: Batch | PackedBatch) -> int:
+    """Return how many tokens of a batch are predicted; a row's first never is."""
+    targets = batch.targets if isinstance(batch, PackedBatch) else batch.labels[:, 1:]
+    return int((targets != UNLABELLED).sum())
 
 
 def stop_on_signal(trainer: Trainer) -> Callable[[int, Any], None]:

@@ -146,4 +146,4 @@ def _seconds_per_token(trainer: Trainer) -> float:
     finally:
         trainer.model.eval()
         restore_random_state(state)
-    return seconds / int(batch.attention_mask.sum())
+    return seconds / batch.num_tokens

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from luthier.adapt.attaching import attach
+from luthier.adapt.fusing import Fusion, fuse, unfuse
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError, ModelError
@@ -17,6 +18,7 @@ from luthier.data.encode import EncodedSet, encode
 from luthier.data.formats import sniff_format
 from luthier.data.messages import Example, to_examples
 from luthier.data.read import read_rows
+from luthier.engine.score import can_take_packed
 from luthier.formats.adapters import fingerprint_of, load_adapter
 from luthier.formats.fingerprint import Fingerprint
 from luthier.models.load import LoadedModel, load_model
@@ -50,6 +52,9 @@ class Prepared:
     plan: AttachPlan
     steps: list[tuple[int, Step]]
     fingerprint: Fingerprint
+    fusion: Fusion = field(default_factory=Fusion)
+    packed: bool = False
+    """Whether rows are laid end to end; else they are padded."""
 
     @property
     def pad_id(self) -> int:
@@ -73,8 +78,12 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     else:
         load_adapter(base.model, adapter, ADAPTER, trainable=True)
         planned = plan(base.model, lora)
-    steps = plan_steps(rows.train.lengths, settings.train)
-    return Prepared(settings, base, rows, planned, steps, fingerprint_of(base.model))
+    fingerprint = fingerprint_of(base.model)
+    unfuse(base.model)
+    fusion = fuse(base.model) if settings.train.kernels == "fused" else Fusion(reason="train.kernels is plain")
+    packed = settings.train.packing and can_take_packed(base.model, rows.train.rows)
+    steps = plan_steps(rows.train.lengths, settings.train, packed=packed)
+    return Prepared(settings, base, rows, planned, steps, fingerprint, fusion, packed)
 
 
 def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Rows:

@@ -13,7 +13,7 @@ Step = list[list[int]]
 """The micro-batches of one optimiser step, each a list of row indices."""
 
 
-def plan_steps(lengths: Sequence[int], settings: TrainSettings) -> list[tuple[int, Step]]:
+def plan_steps(lengths: Sequence[int], settings: TrainSettings, *, packed: bool = False) -> list[tuple[int, Step]]:
     """Return (epoch, micro-batches) of every optimiser step of the run. `lengths` are the rows' lengths in tokens."""
     steps: list[tuple[int, Step]] = []
     for epoch in range(settings.epochs):
@@ -23,6 +23,7 @@ def plan_steps(lengths: Sequence[int], settings: TrainSettings) -> list[tuple[in
             max_rows=settings.batch_rows,
             seed=settings.seed,
             epoch=epoch,
+            packed=packed,
         )
         width = settings.accumulate
         steps += [(epoch, batches[start : start + width]) for start in range(0, len(batches), width)]

@@ -44,10 +44,16 @@ class TrainSettings(Settings):
     )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of its two moments")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    batch_tokens: int = Field(2048, ge=1, description="tokens in one forward pass, padding included")
+    batch_tokens: int = Field(2048, ge=1, description="tokens in one forward pass, padding included where there is any")
     batch_rows: int | None = Field(None, ge=1, description="rows in one forward pass at most")
     accumulate: int = Field(1, ge=1, description="forward passes in one optimiser step, weighted by labelled tokens")
     gradient_checkpointing: bool = Field(False, description="compute activations twice, to keep fewer of them")
+    packing: bool = Field(
+        True,
+        description="lay rows end to end without padding, where the model's attention can keep them apart (else they are padded)",
+    )
+    kernels: Literal["fused", "plain"] = Field("fused", description="luthier's own passes over known blocks, or the model's own")
+    compile: bool = Field(False, description="compile the element-wise kernels: a minute at the start, less time per step")
     seed: int = Field(0, ge=0, lt=2**63, description="of the adapter's init, the order of the rows and dropout")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: about ten in a run")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at every evaluation")

@@ -1,0 +1,137 @@
+"""Causal attention inside each document of a packed batch, and never across.
+
+Shape letters: N tokens of all documents, H query heads, K key heads (H is a multiple of K), D head width; in a group of
+documents b rows of L tokens.
+
+In float32 and float64 it is done here, in blocks of queries that see the keys up to their own end: plain batched products at
+their full rate, without the half of the square that is masked anyway, the heads that share keys in one product. Only q, k, v
+and the output are kept; weights are formed again in the backward pass. In 16 bits a score must not be rounded before the
+softmax, so torch's own kernel is asked, group by group.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from luthier.ops.documents import DocumentGroup, Documents
+
+BLOCK = 64
+"""Queries in one block, where a document has more than twice as many tokens."""
+LONGEST_BLOCKED = 2048
+"""Above this torch's own kernel wins: it tiles keys too, so the scores stay in the cache."""
+
+
+def document_attention_plain(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    """The plain expression that `document_attention` equals: one document at a time, the whole square of scores."""
+    outputs = []
+    share = q.shape[1] // k.shape[1]
+    for part in zip(*(tensor.split(documents.lengths) for tensor in (q, k, v)), strict=True):
+        q_HLD, k_KLD, v_KLD = (tensor.transpose(0, 1) for tensor in part)
+        scores_HLL = q_HLD @ k_KLD.repeat_interleave(share, 0).mT * scale
+        future = torch.ones(scores_HLL.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        weights_HLL = scores_HLL.masked_fill(future, float("-inf")).softmax(-1)
+        outputs.append((weights_HLL @ v_KLD.repeat_interleave(share, 0)).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    """Return softmax(q k^T * scale) v inside each document, each token seeing itself and what came before it there.
+
+    Shapes: q (N, H, D), k and v (N, K, D) -> (N, H, D).
+    """
+    longest = max(group.length for group in documents.groups)
+    if q.dtype in (torch.float32, torch.float64) and q.device.type == "cpu" and longest <= LONGEST_BLOCKED:
+        output: Tensor = _BlockedAttention.apply(q, k, v, documents, scale)
+        return output
+    parts = []
+    for group in documents.groups:
+        rows = [group.take(tensor).transpose(1, 2) for tensor in (q, k, v)]
+        o_bHLD = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        parts.append(group.put_back(o_bHLD.transpose(1, 2)))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _BlockedAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+        output, share = q.new_empty(q.shape), q.shape[1] // k.shape[1]
+        for group in documents.groups:
+            # Queries lie token by token with the heads of one key head side by side, so a block of tokens is a slice.
+            q_gMD, k_gLD, v_gLD = _queries(group, q, k.shape[1]).mul_(scale), _keys(group, k), _keys(group, v)
+            o_gMD = torch.empty_like(q_gMD)
+            for rows, end in _blocks(group.length, share):
+                torch.bmm(_weights(q_gMD[:, rows], k_gLD[:, :end], share), v_gLD[:, :end], out=o_gMD[:, rows])
+            output[group.start : group.stop] = _tokens(group, o_gMD, q)
+        ctx.documents, ctx.scale = documents, scale
+        ctx.save_for_backward(q, k, v, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        q, k, v, output = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        heads, share = k.shape[1], q.shape[1] // k.shape[1]
+        for group in ctx.documents.groups:
+            q_gMD, k_gLD, v_gLD = _queries(group, q, heads).mul_(ctx.scale), _keys(group, k), _keys(group, v)
+            do_gMD, o_gMD = _queries(group, upstream, heads), _queries(group, output, heads)
+            row_sums_gM1 = o_gMD.mul_(do_gMD).sum(-1, keepdim=True)
+            dq_gMD, dk_gLD, dv_gLD = torch.empty_like(q_gMD), torch.zeros_like(k_gLD), torch.zeros_like(v_gLD)
+            for rows, end in _blocks(group.length, share):
+                weights = _weights(q_gMD[:, rows], k_gLD[:, :end], share)
+                dv_gLD[:, :end].baddbmm_(weights.mT, do_gMD[:, rows])
+                d_scores = torch.bmm(do_gMD[:, rows], v_gLD[:, :end].mT).sub_(row_sums_gM1[:, rows]).mul_(weights)
+                torch.bmm(d_scores, k_gLD[:, :end], out=dq_gMD[:, rows])
+                dk_gLD[:, :end].baddbmm_(d_scores.mT, q_gMD[:, rows])
+            dq[group.start : group.stop] = _tokens(group, dq_gMD.mul_(ctx.scale), q)
+            dk[group.start : group.stop] = _tokens(group, dk_gLD, k)
+            dv[group.start : group.stop] = _tokens(group, dv_gLD, v)
+        return dq, dk, dv, None, None
+
+
+def _blocks(length: int, share: int) -> list[tuple[slice, int]]:
+    """Return (rows of the query matrix, end of the keys they see) of each block; a token has `share` rows."""
+    block = length if length <= 2 * BLOCK else BLOCK
+    return [
+        (slice(start * share, min(start + block, length) * share), min(start + block, length))
+        for start in range(0, length, block)
+    ]
+
+
+def _weights(q_gmD: Tensor, k_geD: Tensor, share: int) -> Tensor:
+    """Return the attention weights of one block, whose tokens are the last of the keys it sees: (g, m, e)."""
+    scores_gme = torch.bmm(q_gmD, k_geD.mT)
+    num_tokens = q_gmD.shape[1] // share
+    # Only the square of the block itself can look ahead; everything before it is past.
+    square = scores_gme[:, :, -num_tokens:].unflatten(1, (num_tokens, share))
+    square.add_(_future(num_tokens, scores_gme.dtype, scores_gme.device))
+    return torch.softmax(scores_gme, dim=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _future(num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (L, 1, L): minus infinity where the key comes after the query."""
+    return torch.full((num_tokens, num_tokens), float("-inf"), dtype=dtype, device=device).triu_(1).unsqueeze(1)
+
+
+def _queries(group: DocumentGroup, tensor: Tensor, heads: int) -> Tensor:
+    """Return the group's rows of (N, H, D) as (b * K, L * H / K, D), in memory of their own."""
+    rows = group.take(tensor.unflatten(1, (heads, -1)))
+    return rows.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(group.rows * heads, -1, tensor.shape[-1])
+
+
+def _keys(group: DocumentGroup, tensor: Tensor) -> Tensor:
+    """Return the group's rows of (N, K, D) as (b * K, L, D)."""
+    return group.take(tensor).transpose(1, 2).reshape(-1, group.length, tensor.shape[-1])
+
+
+def _tokens(group: DocumentGroup, rows_gMD: Tensor, like: Tensor) -> Tensor:
+    """Undo `_queries` or `_keys`: return (stop - start, *like.shape[1:])."""
+    heads = len(rows_gMD) // group.rows
+    rows = rows_gMD.view(group.rows, heads, group.length, -1, like.shape[-1]).transpose(1, 2)
+    return group.put_back(rows.reshape(group.rows, group.length, *like.shape[1:]))

@@ -1,0 +1,53 @@
+"""The second half of a gated MLP as one node: the gate, and the adapted projection that reads it.
+
+    y = P(silu(gates) * up)        P an adapted projection
+
+Saved are gates and up, which the gate needs anyway; what the projection reads is formed again in the backward pass.
+
+Shape letters: N tokens, F width of the MLP, O out_features.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from luthier.ops.elementwise import gate, gate_backward
+from luthier.ops.projection import Projection, adapted_projections_plain, project, project_back, to_parts
+
+
+def gated_projection_plain(gates: Tensor, up: Tensor, projection: Projection) -> Tensor:
+    """The plain expression that `gated_projection` equals."""
+    return adapted_projections_plain(F.silu(gates) * up, [projection])[0]
+
+
+def gated_projection(gates: Tensor, up: Tensor, projection: Projection) -> Tensor:
+    """Return the projection of silu(gates) * up, both (..., F), as (..., O). Weight and bias must be frozen."""
+    constants = ((projection.scaling, projection.dropout),)
+    tensors = (projection.weight, projection.bias, projection.lora_A, projection.lora_B)
+    output: Tensor = _GatedProjection.apply(gates, up, constants, *tensors)
+    return output
+
+
+class _GatedProjection(Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, up: Tensor, constants: Any, *tensors: Tensor | None) -> Tensor:
+        x_NF = gate(gates, up).flatten(0, -2)
+        parts = to_parts(constants, tensors, x_NF)
+        (y,) = project(x_NF, parts)
+        ctx.constants = constants
+        ctx.save_for_backward(gates, up, *tensors, parts[0].h, parts[0].mask)
+        return y.view(*gates.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        gates, up, *tensors, h, mask = ctx.saved_tensors
+        x_NF = gate(gates, up).flatten(0, -2)
+        parts = to_parts(ctx.constants, tensors, x_NF, [h], [mask])
+        dx = project_back(x_NF, parts, [dy.flatten(0, -2)], need_dx=True)
+        assert dx is not None
+        d_gates, d_up = gate_backward(dx.view_as(gates), gates, up)
+        return d_gates, d_up, None, None, None, parts[0].d_a, parts[0].d_b

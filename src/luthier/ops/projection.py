@@ -1,0 +1,216 @@
+"""Adapted projections: frozen linear layers that read the same x, each with its low-rank part, as one node of the graph.
+
+    y_i = x W_i^T + b_i + scaling_i * drop_i(x) A_i^T B_i^T
+
+Saved for the backward pass: x once for all of them and the rank-wide x A^T. The low-rank part is added into the base product,
+one product with all A stacked serves the whole group, and dx is summed up in one buffer.
+
+Shape letters: N tokens, I in_features, O out_features, R rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from luthier.core.lora import lora_linear
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer, weight (O, I) and bias (O,), and its pair lora_A (R, I), lora_B (O, R); without a pair both None.
+
+    `scaling` is that of the pair; `dropout` the share of x the pair does not see.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+
+def adapted_projections_plain(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """The plain expression that `adapted_projections` equals."""
+    outputs = []
+    for each in projections:
+        y = F.linear(x, each.weight, each.bias)
+        if each.lora_A is not None and each.lora_B is not None:
+            y = y + lora_linear(F.dropout(x, each.dropout), each.lora_A, each.lora_B, each.scaling).to(y.dtype)
+        outputs.append(y)
+    return tuple(outputs)
+
+
+def adapted_projections(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """Return y_i for each projection of x (..., I): a tuple of (..., O_i) in x's dtype.
+
+    Gradients go to x and to the pairs, never to weights and biases: those must be frozen. The pairs may be in a wider dtype;
+    they are cast to x's, their gradients come back in their own.
+    """
+    constants = tuple((each.scaling, each.dropout) for each in projections)
+    tensors = [tensor for each in projections for tensor in (each.weight, each.bias, each.lora_A, each.lora_B)]
+    outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(x, constants, *tensors)
+    return outputs
+
+
+def merging_is_cheaper(num_tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether x (W + s B A)^T takes fewer multiplications than x W^T + s x A^T B^T, forward and backward together.
+
+    Forming B A costs R I O in each pass, the thin products N R (I + O) forward and N R I backward for dx (the rest is the
+    same). Never in 16 bits, where the sum of weight and delta would be rounded before it is used.
+    Source: Cherniuk et al. 2023, RunLoRA, arXiv:2312.03415, section 3.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    return num_tokens * (2 * in_features + out_features) > 2 * in_features * out_features
+
+
+class _AdaptedProjections(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, constants: "Constants", *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        x_NI = x.reshape(-1, x.shape[-1])
+        parts = to_parts(constants, tensors, x_NI)
+        outputs = project(x_NI, parts)
+        ctx.constants = constants
+        ctx.save_for_backward(x, *tensors, *(part.h for part in parts), *(part.mask for part in parts))
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        count = len(upstream)
+        x_NI = x.reshape(-1, x.shape[-1])
+        parts = to_parts(ctx.constants, saved[: 4 * count], x_NI, saved[4 * count : 5 * count], saved[5 * count :])
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in upstream]
+        dx = project_back(x_NI, parts, dys, need_dx=ctx.needs_input_grad[0])
+        return None if dx is None else dx.view_as(x), None, *(each for part in parts for each in (None, None, part.d_a, part.d_b))
+
+
+def project(x_NI: Tensor, parts: Sequence["Part"]) -> list[Tensor]:
+    """Return the outputs (N, O_i); fills in `h` and `mask` of the parts that need them for the way back."""
+    for part in parts:
+        if part.lora_A is not None and part.dropout:
+            # Drawn as F.dropout draws it, so that one seed drops the same; a byte a number is kept instead of a copy of x.
+            part.mask = torch.empty_like(x_NI).bernoulli_(1 - part.dropout).bool()
+            part.h = part.dropped(x_NI) @ part.a(x_NI.dtype).T
+    _share_h([part for part in parts if part.lora_A is not None and part.mask is None and not part.is_merged], x_NI)
+    outputs = []
+    for part in parts:
+        y = F.linear(x_NI, part.merged_weight() if part.is_merged else part.weight, part.bias)
+        if part.h is not None:
+            y.addmm_(part.h, part.b(x_NI.dtype).T)
+        outputs.append(y)
+    return outputs
+
+
+def project_back(x_NI: Tensor, parts: Sequence["Part"], dys: Sequence[Tensor], *, need_dx: bool) -> Tensor | None:
+    """Return dx (N, I) if it is needed; fills in `d_a` and `d_b` of the parts with a pair."""
+    dx: Tensor | None = None
+    if need_dx:
+        for part, dy_NO in zip(parts, dys, strict=True):
+            weight = part.merged_weight() if part.is_merged else part.weight
+            dx = dy_NO @ weight if dx is None else dx.addmm_(dy_NO, weight)
+    _share_h([part for part in parts if part.is_merged], x_NI)
+    sharing, d_hs = [], []
+    for part, dy_NO in zip(parts, dys, strict=True):
+        if part.lora_A is None or part.lora_B is None:
+            continue
+        assert part.h is not None
+        d_h = dy_NO @ part.b(x_NI.dtype)
+        part.d_b = (dy_NO.T @ part.h).to(part.lora_B.dtype) * part.scaling
+        if part.mask is None:
+            sharing.append(part)
+            d_hs.append(d_h)
+            continue
+        part.d_a = (d_h.T @ part.dropped(x_NI)).to(part.lora_A.dtype)
+        if dx is not None:
+            dx.add_((d_h @ part.a(x_NI.dtype)).mul_(part.mask), alpha=1 / (1 - part.dropout))
+    if sharing:
+        d_h = torch.cat(d_hs, dim=1)
+        for part, d_a in zip(sharing, (d_h.T @ x_NI).split([part.r for part in sharing]), strict=True):
+            part.d_a = d_a.to(part.lora_A.dtype)  # type: ignore[union-attr]
+        apart = [index for index, part in enumerate(sharing) if not part.is_merged]
+        if dx is not None and apart:
+            if len(apart) < len(sharing):
+                d_h = torch.cat([d_hs[index] for index in apart], dim=1)
+            dx.addmm_(d_h, _stacked_a([sharing[index] for index in apart], x_NI.dtype))
+    return dx
+
+
+Constants = tuple[tuple[float, float], ...]
+"""(scaling, dropout) of each projection."""
+
+
+@dataclass(slots=True)
+class Part:
+    """One projection inside the node: its tensors and what was formed of them so far."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+    dropout: float
+    is_merged: bool
+    h: Tensor | None = None
+    """x A^T, (N, R)"""
+    mask: Tensor | None = None
+    d_h: Tensor | None = None
+    d_a: Tensor | None = None
+    d_b: Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        assert self.lora_A is not None
+        return self.lora_A.shape[0]
+
+    def a(self, dtype: torch.dtype) -> Tensor:
+        assert self.lora_A is not None
+        return self.lora_A.to(dtype)
+
+    def b(self, dtype: torch.dtype) -> Tensor:
+        """scaling * B: scaled in the masters' dtype, on the smallest matrix there is."""
+        assert self.lora_B is not None
+        return (self.lora_B * self.scaling).to(dtype)
+
+    def merged_weight(self) -> Tensor:
+        dtype = self.weight.dtype
+        return torch.addmm(self.weight, self.b(dtype), self.a(dtype))
+
+    def dropped(self, x_NI: Tensor) -> Tensor:
+        assert self.mask is not None
+        return (x_NI * self.mask).div_(1 - self.dropout)
+
+
+def to_parts(
+    constants: Constants, tensors: Sequence[Any], x_NI: Tensor, hs: Sequence[Any] = (), masks: Sequence[Any] = ()
+) -> list[Part]:
+    """Return the projections of a node as parts; `tensors` are weight, bias, lora_A and lora_B of each in turn."""
+    parts = []
+    for index, (scaling, dropout) in enumerate(constants):
+        weight, bias, lora_A, lora_B = tensors[4 * index : 4 * index + 4]
+        is_merged = lora_A is not None and not dropout and merging_is_cheaper(len(x_NI), *weight.shape, x_NI.dtype)
+        part = Part(weight, bias, lora_A, lora_B, scaling, dropout, is_merged)
+        if hs:
+            part.h, part.mask = hs[index], masks[index]
+        parts.append(part)
+    return parts
+
+
+def _share_h(parts: Sequence[Part], x_NI: Tensor) -> None:
+    """Give each part its x A^T out of one product with all of their A stacked."""
+    if parts:
+        stacked = x_NI @ _stacked_a(parts, x_NI.dtype).T
+        for part, h in zip(parts, stacked.split([part.r for part in parts], dim=1), strict=True):
+            part.h = h
+
+
+def _stacked_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    return torch.cat([part.a(dtype) for part in parts]) if len(parts) > 1 else parts[0].a(dtype)

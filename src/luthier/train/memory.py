@@ -1,0 +1,63 @@
+"""The process's memory: how much it holds, how much it held at most, and whether it gives freed memory back to the kernel.
+
+glibc returns every large temporary to the kernel and has it paged in, zeroed, the next time. A training step that forms the same
+large tensors over and over pays for that each time; `keep_freed_memory` stops it.
+"""
+
+import ctypes
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3)."""
+LARGEST_KEPT = 2**30
+"""Bytes of the largest block that is kept; the largest temporary must be below."""
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def held_memory() -> int:
+    """Return the bytes of memory this process has resident now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def reset_peak_memory() -> bool:
+    """Let `peak_memory` count from now on; return whether this system can (Linux can)."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Return the most bytes that were resident at once, since `reset_peak_memory` or else since the process began."""
+    try:
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> str:
+    """Let this process keep what it frees, where the allocator is glibc's; return what was done, in words."""
+    if platform.libc_ver()[0] != "glibc":
+        return "left to the system's allocator"
+    if "tcmalloc" in _loaded() or "jemalloc" in _loaded():
+        return "left to the preloaded allocator"
+    libc = ctypes.CDLL(None)
+    done = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return f"freed blocks up to {LARGEST_KEPT >> 30} GiB are kept for reuse (mallopt)" if done else "mallopt refused"
+
+
+def _loaded() -> str:
+    try:
+        return Path("/proc/self/maps").read_text()
+    except OSError:
+        return ""
