@@ -7,6 +7,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from luthier.adapt.fusing import unfuse
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapted_modules, adapter_parameters, adapter_prefixes, check_whole, find_roster, roster_of
 from luthier.core.config import LoraConfig
@@ -36,6 +37,8 @@ PairMaker = Callable[[AttachPlan, PlannedLayer, torch.device], tuple[Tensor, Ten
 
 def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
     """Carry out a plan: attach `name` with the pairs (lora_A, lora_B in float32) that `make_pair` returns for each layer."""
+    if planned.saved:
+        unfuse(model)  # a fused block calls its parts itself and would pass by one that is replaced as a whole
     roster = find_roster(model)
     modules = base_modules(model)
     check_name_on(modules, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luthier.adapt.state import find_roster
 from luthier.adapt.switching import disabled
+from luthier.layers.base import FORWARD_HOOKS, AdaptedModule
 from luthier.layers.fused import FusedAttention, FusedGatedMLP, FusedModule, FusedNorm, fuse_module, unfuse_module
 from luthier.layers.kinds import why_hidden
 from luthier.layers.linear import LoraLinear
@@ -94,23 +95,26 @@ def _fuse(model: nn.Module) -> Fusion:
                 head_is_plain=head_is_plain, reason=f"model type {config.model_type!r} is not among {', '.join(FUSIBLE)}"
             )
         counts = {FusedNorm: 0, FusedGatedMLP: 0, FusedAttention: 0}
-        num_attentions = 0
-        for module in list(decoder.modules()):
+        replaced_attentions = 0
+        for path, module in list(decoder.named_modules()):
             kind = _kind(module)
-            num_attentions += kind is FusedAttention
-            if kind is not None and not _hooked(module) and _agrees(module, kind, decoder):
+            # A part that an adapter replaces as a whole is called through its replacement, so both stay as they are.
+            is_replaced = isinstance(module, AdaptedModule) or ".replacements." in path
+            replaced_attentions += is_replaced and kind is FusedAttention
+            if kind is not None and not is_replaced and not _hooked(module) and _agrees(module, kind, decoder):
                 fuse_module(module, kind)
                 counts[kind] += 1
-    packs = 0 < num_attentions == counts[FusedAttention]
-    windows = [window for module in decoder.modules() if (window := getattr(module, "sliding_window", None))]
+    others = config.num_hidden_layers - counts[FusedAttention] + replaced_attentions
+    reasons = [f"{others} attention layers are not of the known kind, so rows are padded"] if others else []
+    reasons += [] if head_is_plain else ["the output layer is not a plain product"]
     return Fusion(
         norms=counts[FusedNorm],
         mlps=counts[FusedGatedMLP],
         attentions=counts[FusedAttention],
-        packs=packs,
-        longest=min(windows, default=None),
+        packs=not others,
+        longest=getattr(config, "sliding_window", None),
         head_is_plain=head_is_plain,
-        reason="" if packs else "documents are padded, not packed: an attention layer is not of the known kind",
+        reason="; ".join(reasons),
     )
 
 
@@ -131,7 +135,7 @@ def _kind(module: nn.Module) -> type[FusedModule] | None:
 def _hooked(module: nn.Module) -> bool:
     """Whether a module or one of its layers would notice that its forward is no longer called as it was."""
     for each in (module, *module.children()):
-        if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or why_hidden(each, module):
+        if any(getattr(each, hooks) for hooks in FORWARD_HOOKS) or why_hidden(each, module):
             return True
     return getattr(module, "attention_dropout", 0.0) != 0.0
 
@@ -139,7 +143,8 @@ def _hooked(module: nn.Module) -> bool:
 def _agrees(module: nn.Module, kind: type[FusedModule], decoder: nn.Module) -> bool:
     """Whether the fused module gives the same numbers on a random input. The random state is left as it was."""
     weight = next(module.parameters())
-    with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _frozen(module):  # as in training; what is not frozen is not fused
         torch.manual_seed(0)
         width = weight.shape[-1] if kind is FusedNorm else _width(module, "gate_proj" if kind is FusedGatedMLP else "q_proj")
         x = torch.randn(1, sum(PROBE_LENGTHS), width).to(weight.device, weight.dtype)
@@ -191,7 +196,19 @@ def _head_is_plain(model: nn.Module, decoder: nn.Module) -> bool:
 
 
 def _width(module: nn.Module, child: str) -> int:
-    return int(module.get_submodule(child).weight.shape[1])  # type: ignore[union-attr, index]
+    return int(module.get_submodule(child).weight.shape[1])  # type: ignore[index]
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

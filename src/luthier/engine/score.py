@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 
 from luthier.adapt.fusing import decoder_of, fusion_of
@@ -71,8 +72,6 @@ def answer_loss(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tens
 
 
 def _packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Tensor]":
-    import torch
-
     fusion, decoder = fusion_of(model), decoder_of(model)
     if decoder is None or not (fusion.packs and fusion.head_is_plain):
         raise AdapterStateError(f"this model cannot take rows laid end to end ({fusion}); give them padded")
@@ -103,7 +102,9 @@ def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor"
     projection = projection_of(head, hidden_KI)
     if projection is not None and not projection.dropout:
         return labelled_cross_entropy(hidden_KI, targets_K, projection), len(targets_K)
-    return F.cross_entropy(head(hidden_KI).float(), targets_K, reduction="sum"), len(targets_K)
+    logits_KV = head(hidden_KI)
+    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+    return F.cross_entropy(logits_KV, targets_K, reduction="sum"), len(targets_K)
 
 
 def answer_loss_plain(model: "nn.Module", batch: "Batch") -> "tuple[Tensor, int]":

@@ -18,7 +18,7 @@ from luthier.layers.pair import LoraPair
 from luthier.layers.roster import Roster
 
 ADDED = ("lora", "replacements", "roster", "base_class")
-_FORWARD_HOOKS = (
+FORWARD_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -142,7 +142,7 @@ def _bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
         clone._modules = {key: child for key, child in module._modules.items() if key not in ("lora", "replacements")}
         del clone.__dict__["roster"]
         clone.__class__ = module.base_class
-    for hooks in () if with_hooks else _FORWARD_HOOKS:
+    for hooks in () if with_hooks else FORWARD_HOOKS:
         # They run where the module itself is called; the copy is called from inside that and must not run them again.
         setattr(clone, hooks, OrderedDict())
     return clone

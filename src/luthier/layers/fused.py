@@ -23,6 +23,10 @@ class FusedModule(nn.Module):
 
     unfused_class: type[nn.Module]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so copying and pickling must name its parts.
+        return _new_fused, (type(self).__bases__[0], self.unfused_class), self.__getstate__()
+
 
 class FusedNorm(FusedModule):
     """An RMS norm as in Llama, with a frozen weight."""
@@ -86,7 +90,9 @@ def projection_of(layer: nn.Module, x: Tensor) -> Projection | None:
     """Return a linear layer as the fast path takes it, for an input like `x`; None where it must be called as it is."""
     if isinstance(layer, LoraLinear):
         return layer.projection(x)
-    if type(layer) is not nn.Linear or layer.weight.requires_grad or layer.weight.dtype != x.dtype:
+    if type(layer) is not nn.Linear or layer.weight.dtype != x.dtype or is_autocast(x):
+        return None
+    if any(parameter.requires_grad for parameter in layer.parameters()):
         return None
     return Projection(layer.weight, layer.bias)
 
@@ -96,13 +102,21 @@ _CLASSES: dict[tuple[type, type], type[FusedModule]] = {}
 
 def fuse_module(module: nn.Module, fused: type[FusedModule]) -> None:
     """Change the class of `module` to one that is both its own and `fused`."""
-    own = type(module)
-    if (fused, own) not in _CLASSES:
-        body = {"unfused_class": own, "__module__": fused.__module__}
-        _CLASSES[fused, own] = type(f"{fused.__name__}[{own.__name__}]", (fused, own), body)
-    module.__class__ = _CLASSES[fused, own]
+    module.__class__ = _fused_class(fused, type(module))
 
 
 def unfuse_module(module: FusedModule) -> None:
     """Give `module` its own class back."""
     module.__class__ = module.unfused_class  # type: ignore[assignment]
+
+
+def _fused_class(fused: type[FusedModule], own: type[nn.Module]) -> type[FusedModule]:
+    if (fused, own) not in _CLASSES:
+        body = {"unfused_class": own, "__module__": fused.__module__}
+        _CLASSES[fused, own] = type(f"{fused.__name__}[{own.__name__}]", (fused, own), body)
+    return _CLASSES[fused, own]
+
+
+def _new_fused(fused: type[FusedModule], own: type[nn.Module]) -> FusedModule:
+    cls = _fused_class(fused, own)
+    return cls.__new__(cls)

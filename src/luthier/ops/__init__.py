@@ -1,7 +1,7 @@
-"""The equations made fast. Each function has a plain twin of the same name with `_plain` behind it, and a test that holds both together.
+"""The equations made fast. Each function has a plain twin, `<name>_plain`, and a test that holds the two together.
 
-Functions of tensors only: this room knows no module, no model and no file. Each saves for the backward pass as little as it can
-and forms the rest anew where that is cheap. Nothing here assumes a device.
+Functions of tensors only: this room knows no module, no model and no file. Each saves for the backward pass as little as it
+can and forms the rest anew where that is cheap. Nothing here assumes a device.
 """
 
 from luthier.core.lazy import lazy_names

@@ -50,8 +50,9 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
         return output
     parts = []
     for group in documents.groups:
-        rows = [group.take(tensor).transpose(1, 2) for tensor in (q, k, v)]
-        o_bHLD = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        q_bHLD, k_bKLD, v_bKLD = (group.take(tensor).transpose(1, 2) for tensor in (q, k, v))
+        is_grouped = q.shape[1] != k.shape[1]
+        o_bHLD = F.scaled_dot_product_attention(q_bHLD, k_bKLD, v_bKLD, is_causal=True, scale=scale, enable_gqa=is_grouped)
         parts.append(group.put_back(o_bHLD.transpose(1, 2)))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -22,7 +22,7 @@ _is_on = False
 
 
 def use_compiler(wanted: bool, device: torch.device | str = "cpu") -> bool:
-    """Say whether kernels are compiled from now on, in this process; return whether they are. False where no compiler is found."""
+    """Say whether kernels are compiled from now on, in this process; return whether they are: not where no compiler is found."""
     global _is_on
     _is_on = wanted and has_compiler(device)
     return _is_on
@@ -47,11 +47,14 @@ class Kernel(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not _is_on:
             return self.plain(*args, **kwargs)
+        # What a graph is made anew for is kept out of it: whether someone wants gradients of this input.
+        tensors: Any = [each.detach() if isinstance(each, torch.Tensor) else each for each in args]
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # inductor's own, about its own imports
-                return self._compiled(*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+                result: R = self._compiled(*tensors, **kwargs)
+                return result
+        except torch._dynamo.exc.TorchDynamoException as error:  # no working compiler, or too many kinds of input in one process
             use_compiler(False)
             log.warning(f"the compiler failed ({str(error).splitlines()[0][:200]}); going on without it")
             return self.plain(*args, **kwargs)

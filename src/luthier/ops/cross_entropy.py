@@ -59,7 +59,7 @@ class _LabelledCrossEntropy(Function):
         d_hidden = torch.empty_like(hidden) if wanted else None
         has_pair = lora_A is not None and lora_B is not None
         A_RI = lora_A.to(hidden.dtype) if has_pair else None  # type: ignore[union-attr]
-        B_VR = (lora_B * scaling).to(hidden.dtype) if has_pair else None  # type: ignore[operator]
+        B_VR = torch.mul(lora_B, scaling).to(hidden.dtype) if has_pair else None  # type: ignore[arg-type]
         d_A = torch.zeros_like(lora_A, dtype=wide) if wanted and has_pair else None  # type: ignore[arg-type]
         d_B = torch.zeros_like(lora_B, dtype=wide) if wanted and has_pair else None  # type: ignore[arg-type]
         chunk = max(1, min(len(hidden), CHUNK_BYTES // (4 * weight.shape[0])))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from luthier.core.errors import ShapeError
 
+CPU = torch.device("cpu")
 PADDING_SHARE = 0.15
 """A group is closed when one more document would leave this share of its square of tokens empty."""
 
@@ -50,7 +51,7 @@ class Documents:
     """The lengths of the documents of a packed batch, in order. Packed longest first, they fall into few groups."""
 
     lengths: tuple[int, ...]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:

@@ -48,15 +48,16 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> 
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = _rms_norm_forward(x, weight, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return y
+        y_NF, scale_N1 = _rms_norm_forward(x.reshape(-1, x.shape[-1]), weight, eps)
+        ctx.save_for_backward(x, weight, scale_N1)
+        return y_NF.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, scale = ctx.saved_tensors
-        return _rms_norm_backward(dy, x, scale, weight), None, None
+        x, weight, scale_N1 = ctx.saved_tensors
+        dx_NF = _rms_norm_backward(dy.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), scale_N1, weight)
+        return dx_NF.view_as(x), None, None
 
 
 def rotate_plain(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

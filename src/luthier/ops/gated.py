@@ -34,7 +34,7 @@ def gated_projection(gates: Tensor, up: Tensor, projection: Projection) -> Tenso
 class _GatedProjection(Function):
     @staticmethod
     def forward(ctx: Any, gates: Tensor, up: Tensor, constants: Any, *tensors: Tensor | None) -> Tensor:
-        x_NF = gate(gates, up).flatten(0, -2)
+        x_NF = gate(gates.flatten(0, -2), up.flatten(0, -2))
         parts = to_parts(constants, tensors, x_NF)
         (y,) = project(x_NF, parts)
         ctx.constants = constants
@@ -45,9 +45,9 @@ class _GatedProjection(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         gates, up, *tensors, h, mask = ctx.saved_tensors
-        x_NF = gate(gates, up).flatten(0, -2)
+        x_NF = gate(gates.flatten(0, -2), up.flatten(0, -2))
         parts = to_parts(ctx.constants, tensors, x_NF, [h], [mask])
         dx = project_back(x_NF, parts, [dy.flatten(0, -2)], need_dx=True)
         assert dx is not None
-        d_gates, d_up = gate_backward(dx.view_as(gates), gates, up)
-        return d_gates, d_up, None, None, None, parts[0].d_a, parts[0].d_b
+        d_gates, d_up = gate_backward(dx, gates.flatten(0, -2), up.flatten(0, -2))
+        return d_gates.view_as(gates), d_up.view_as(up), None, None, None, parts[0].d_a, parts[0].d_b

@@ -162,7 +162,6 @@ class Part:
     h: Tensor | None = None
     """x A^T, (N, R)"""
     mask: Tensor | None = None
-    d_h: Tensor | None = None
     d_a: Tensor | None = None
     d_b: Tensor | None = None
 
@@ -196,7 +195,9 @@ def to_parts(
     parts = []
     for index, (scaling, dropout) in enumerate(constants):
         weight, bias, lora_A, lora_B = tensors[4 * index : 4 * index + 4]
-        is_merged = lora_A is not None and not dropout and merging_is_cheaper(len(x_NI), *weight.shape, x_NI.dtype)
+        out_features, in_features = weight.shape
+        can_merge = lora_A is not None and not dropout
+        is_merged = can_merge and merging_is_cheaper(len(x_NI), out_features, in_features, x_NI.dtype)
         part = Part(weight, bias, lora_A, lora_B, scaling, dropout, is_merged)
         if hs:
             part.h, part.mask = hs[index], masks[index]

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.train.loop import EvalRecord, StepRecord
+from luthier.train.memory import held_memory
 from luthier.train.preflight import Preflight
 
 PLAIN_SECONDS = 10.0
@@ -25,8 +26,6 @@ class Display:
         self.loss: float | None = None
         self.held_out = ""
         self.rate = 0.0
-        self.peak_bytes = 0
-        self.process = psutil.Process()
         self.last_line = time.monotonic()
         self.bar = Progress(
             TextColumn("training"),
@@ -52,9 +51,7 @@ class Display:
         self.loss = record.loss if self.loss is None else 0.9 * self.loss + 0.1 * record.loss
         rate = record.tokens / record.seconds
         self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
-        held = self.process.memory_info().rss
-        self.peak_bytes = max(self.peak_bytes, held)
-        note = f"loss {self.loss:.4f}{self.held_out}, {self.rate:,.0f} tokens/s, {gib(held)}"
+        note = f"loss {self.loss:.4f}{self.held_out}, {self.rate:,.0f} tokens/s, {gib(held_memory())}"
         self.bar.update(self.task, completed=record.step, note=note)
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.last_line = time.monotonic()
@@ -82,10 +79,13 @@ def preflight_report(found: Preflight, plan: str, sample: RenderableType | None 
     table.add_row(
         "memory",
         f"about {gib(memory.peak_bytes)} ({gib(memory.held_bytes)} held now, {gib(memory.activation_bytes)} activations, "
-        f"{gib(memory.logit_bytes)} logits, {gib(memory.optimizer_bytes)} optimiser) of {gib(free)} free",
+        f"{gib(memory.working_bytes)} working space, {gib(memory.optimizer_bytes)} optimiser) of {gib(free)} free",
     )
-    if found.seconds is not None:
-        table.add_row("time", f"about {duration(found.seconds)}, from one timed pass; evaluations come on top")
+    table.add_row("allocator", found.allocator)
+    table.add_row("kernels", Text(found.kernels))
+    if found.time is not None:
+        parts_of_it = f"{duration(found.time.training_seconds)} training, {duration(found.time.evaluation_seconds)} evaluating"
+        table.add_row("time", f"about {duration(found.time.seconds)} ({parts_of_it}), from a few timed passes")
     for warning in found.warnings:
         table.add_row("note", Text(warning))
     parts: list[RenderableType] = [Panel(table, title="before the first step", title_align="left")]

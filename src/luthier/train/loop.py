@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from luthier.adapt.fusing import unfuse
+from luthier.adapt.fusing import fuse, fusion_of, unfuse
 from luthier.adapt.state import adapter_parameters
 from luthier.core.errors import CheckpointError, TrainingError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
@@ -28,6 +28,8 @@ from luthier.engine.score import answer_loss, held_out_loss
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
+from luthier.ops.compiler import use_compiler
+from luthier.train.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from luthier.train.prepare import ADAPTER, Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
 from luthier.train.schedule import learning_rate
@@ -92,6 +94,9 @@ class Trainer:
         self.num_steps = len(prepared.steps)
         self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
         self.stop_requested = False
+        self.peak_bytes = 0
+        self.allocator = keep_freed_memory()
+        self.is_compiled = use_compiler(self.settings.compile, next(self.model.parameters()).device)
         if self.settings.gradient_checkpointing:
             # transformers 5 renames it on its way to 6; both take torch's keywords first.
             new_name = getattr(self.model, "activation_checkpointing_enable", None)
@@ -104,7 +109,10 @@ class Trainer:
         After an interruption (`stop_requested`) the state is in a checkpoint. Raises: TrainingError, StorageError; the last
         checkpoint is intact then.
         """
+        if self.prepared.fusion.attentions and not fusion_of(self.model).attentions:
+            fuse(self.model)  # it was undone when this Trainer was interrupted
         self.model.train()
+        reset_peak_memory()
         try:
             while self.progress.step < self.num_steps:
                 # Asked first: a run that was killed after its last evaluation must not go one step further than one that was not.
@@ -120,8 +128,10 @@ class Trainer:
                     self.save()
                     return "interrupted"
         finally:
+            self.peak_bytes = peak_memory()
             self.model.eval()
             unfuse(self.model)
+            use_compiler(False)
         return "finished"
 
     def save(self) -> None:

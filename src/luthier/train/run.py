@@ -91,17 +91,17 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
     if ended == "interrupted":
         words = f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}"
         console.print(words, markup=False, soft_wrap=True)
-        return Outcome(prepared, found, _summary(trainer, ended, display.peak_bytes))
+        return Outcome(prepared, found, _summary(trainer, ended))
     trainer.take_best()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
-    summary = _summary(trainer, ended, display.peak_bytes)
+    summary = _summary(trainer, ended)
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
     console.print(summary_report(summary))
     return Outcome(prepared, found, summary)
 
 
-def _summary(trainer: Trainer, ended: str, peak_bytes: int) -> dict[str, Any]:
+def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
     progress, folder, prepared = trainer.progress, trainer.folder, trainer.prepared
     records = folder.read_log()
     losses = [record["loss"] for record in records if "loss" in record]
@@ -126,7 +126,7 @@ def _summary(trainer: Trainer, ended: str, peak_bytes: int) -> dict[str, Any]:
         "loss": smoothed(losses)[-1] if losses else None,
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
-        "peak_bytes": peak_bytes,
+        "peak_bytes": trainer.peak_bytes,
         "run": str(folder.path),
         "adapter": str(folder.adapter),
         "adapter_bytes": adapter_file.stat().st_size if adapter_file.exists() else 0,

@@ -58,8 +58,8 @@ def test_preflight_counts_what_transformers_counts(run_settings: Make, tiny_fold
     assert found.trained_share == pytest.approx(parameters / base)
     assert found.memory.optimizer_bytes == parameters * (4 + 4 + 4)  # a gradient and two moments in float32
     assert found.as_dict()["peak_bytes"] > found.memory.held_bytes > 0
-    assert found.seconds is not None
-    assert found.seconds > 0
+    assert found.time is not None
+    assert found.as_dict()["seconds"] == found.time.training_seconds + found.time.evaluation_seconds > 0
 
 
 def test_looking_changes_nothing(run_settings: Make) -> None:
