@@ -223,7 +223,7 @@ def luthier_worker(arguments: argparse.Namespace) -> dict[str, Any]:
                 "warmup": 0,
                 "batch_rows": BATCH_ROWS,
                 "seed": arguments.seed,
-                "compile": arguments.worker.endswith("compiled"),
+                "compile": "on" if arguments.worker.endswith("compiled") else "off",
             },
         )
         prepared = prepare(settings)

@@ -15,9 +15,12 @@ __getattr__, __all__ = lazy_names(
         "base_parameters": "luthier.adapt.state",
         "detach": "luthier.adapt.attaching",
         "disabled": "luthier.adapt.switching",
+        "fuse": "luthier.adapt.fusing",
+        "fusion_of": "luthier.adapt.fusing",
         "merge": "luthier.adapt.merging",
         "plan": "luthier.adapt.planning",
         "roster_of": "luthier.adapt.state",
+        "unfuse": "luthier.adapt.fusing",
         "unmerge": "luthier.adapt.merging",
     },
 )

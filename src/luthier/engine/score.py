@@ -110,7 +110,8 @@ def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor"
 def answer_loss_plain(model: "nn.Module", batch: "Batch") -> "tuple[Tensor, int]":
     """The plain expression `answer_loss` equals: logits at every position, cross entropy where the next token is labelled."""
     inputs, targets_BT = _inputs_and_targets(model, batch)
-    logits_BTV = model(**inputs).logits[:, :-1].float()
+    logits_BTV = model(**inputs).logits[:, :-1]
+    logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
     loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss, int((targets_BT != IGNORED).sum())
 

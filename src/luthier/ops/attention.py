@@ -85,10 +85,11 @@ class _BlockedAttention(Function):
             dq_gMD, dk_gLD, dv_gLD = torch.empty_like(q_gMD), torch.zeros_like(k_gLD), torch.zeros_like(v_gLD)
             for rows, end in _blocks(group.length, share):
                 weights = _weights(q_gMD[:, rows], k_gLD[:, :end], share)
-                dv_gLD[:, :end].baddbmm_(weights.mT, do_gMD[:, rows])
+                # Formed apart and then added: baddbmm_ into a slice goes matrix by matrix.
+                dv_gLD[:, :end] += torch.bmm(weights.mT, do_gMD[:, rows])
                 d_scores = torch.bmm(do_gMD[:, rows], v_gLD[:, :end].mT).sub_(row_sums_gM1[:, rows]).mul_(weights)
                 torch.bmm(d_scores, k_gLD[:, :end], out=dq_gMD[:, rows])
-                dk_gLD[:, :end].baddbmm_(d_scores.mT, q_gMD[:, rows])
+                dk_gLD[:, :end] += torch.bmm(d_scores.mT, q_gMD[:, rows])
             dq[group.start : group.stop] = _tokens(group, dq_gMD.mul_(ctx.scale), q)
             dk[group.start : group.stop] = _tokens(group, dk_gLD, k)
             dv[group.start : group.stop] = _tokens(group, dv_gLD, v)

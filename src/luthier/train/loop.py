@@ -37,6 +37,8 @@ from luthier.train.schedule import learning_rate
 log = logging.getLogger(__name__)
 
 EVALUATIONS_PER_RUN = 10
+TOKENS_WORTH_COMPILING = 200_000
+"""Compiling takes 10 to 30 seconds where nothing is in the compiler's cache yet, and saves some percent of a step."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter."""
 
@@ -96,7 +98,7 @@ class Trainer:
         self.stop_requested = False
         self.peak_bytes = 0
         self.allocator = keep_freed_memory()
-        self.is_compiled = use_compiler(self.settings.compile, next(self.model.parameters()).device)
+        self.is_compiled = use_compiler(self._wants_compiler(), next(self.model.parameters()).device)
         if self.settings.gradient_checkpointing:
             # transformers 5 renames it on its way to 6; both take torch's keywords first.
             new_name = getattr(self.model, "activation_checkpointing_enable", None)
@@ -242,6 +244,14 @@ class Trainer:
         self.folder.append_log(asdict(record))
         if self.observer is not None:
             self.observer.on_eval(record)
+
+    def _wants_compiler(self) -> bool:
+        if self.settings.compile == "auto":
+            # Of the whole plan, not of what is left: a resumed run must decide as it did before.
+            lengths = self.prepared.rows.train.lengths
+            tokens = sum(lengths[row] for _, batches in self.prepared.steps for batch in batches for row in batch)
+            return tokens >= TOKENS_WORTH_COMPILING
+        return self.settings.compile == "on"
 
     def _is_due(self, every: int | None) -> bool:
         return bool(every) and (self.progress.step % (every or 1) == 0 or self.progress.step == self.num_steps)

@@ -53,7 +53,9 @@ class TrainSettings(Settings):
         description="lay rows end to end without padding, where the model's attention can keep them apart (else they are padded)",
     )
     kernels: Literal["fused", "plain"] = Field("fused", description="luthier's own passes over known blocks, or the model's own")
-    compile: bool = Field(False, description="compile the element-wise kernels: a minute at the start, less time per step")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the element-wise kernels (a while at the start); auto: in runs of 200,000 tokens or more"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the adapter's init, the order of the rows and dropout")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: about ten in a run")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at every evaluation")
