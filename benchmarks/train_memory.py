@@ -68,8 +68,9 @@ def worker(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str, 
         file = Path(scratch, "rows.jsonl")
         with file.open("w") as lines:
             for index in range(rows * arguments.steps):
-                # Rows are cut at max_length; no token of this text is longer than 40 characters.
-                piece = (text * 2)[index * 1000 : index * 1000 + 40 * length]
+                # Rows are cut at max_length; few tokens of this text are longer than 10 characters.
+                begin = 1000 * index % len(text)
+                piece = (text[begin:] + text * (10 * length // len(text) + 1))[: 10 * length]
                 lines.write(json.dumps({"text": piece}) + "\n")
         settings = RunSettings(
             model=arguments.model,

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tests.tiny_run import save_tiny_model
 
@@ -16,21 +18,62 @@ ROWS = [
 ]
 
 
-def test_snips_runs_tiny(root: Path, tmp_path: Path, tiny_llama: Callable[..., torch.nn.Module], tiny_tokenizer: object) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama: Callable[..., torch.nn.Module], tiny_tokenizer: object) -> Path:
+    """A folder with a tiny model in `model` and a few rows under the names of the real data."""
     save_tiny_model(tmp_path / "model", tiny_llama, tiny_tokenizer)
     for name in ("snips_json_train.jsonl", "snips_json_test.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [sys.executable, str(root / "benchmarks/snips.py"), "--model", "model", "--data", ".", "--out", "run"]
+    return tmp_path
+
+
+def result_of(root: Path, folder: Path, *command: str) -> dict[str, Any]:
+    """Run a benchmark on the tiny model and rows and return its last line."""
     run = subprocess.run(
-        [*command, "--steps", "2", "--limit", "4"],
-        cwd=tmp_path,
+        [sys.executable, str(root / "benchmarks" / command[0]), "--model", "model", "--data", ".", *command[1:]],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def test_snips_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "snips.py", "--out", "run", "--steps", "2", "--limit", "4")
     assert result["steps"] == 2
     assert result["base"]["n"] == result["adapter"]["n"] == 4
+
+
+@pytest.mark.slow
+def test_train_step_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--rounds", "1", "--steps", "1", "--rows", "2", "--length", "32", "--dtype", "float32")
+    result = result_of(root, folder, "train_step.py", *size, "--only", "floor", "peft", "luthier")
+    assert set(result["tokens_per_s"]) == {"floor", "peft", "luthier"}
+    assert result["loss"]["peft"] == pytest.approx(result["loss"]["luthier"], rel=1e-5)
+    assert {"vs_peft", "memory_vs_peft", "share_of_floor"} <= set(result)
+    for errors in result["error_against_float64"].values():
+        assert errors["gradients"] < 1e-4
+
+
+@pytest.mark.slow
+def test_train_epoch_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--rows", "9", "--held-out", "4", "--seeds", "1", "--dtype", "float32")
+    result = result_of(root, folder, "train_epoch.py", *size, "--only", "trl_no_checkpointing", "trl_packing", "luthier")
+    assert {"rows_per_s", "vs_trl", "vs_trl_packing", "eval_loss_minus_trl"} <= set(result)
+    # Two steps of a model that has learnt nothing yet: the same loss but for the order of the rows.
+    assert result["eval_loss"]["luthier"] == pytest.approx(result["eval_loss"]["trl_no_checkpointing"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_train_memory_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(
+        root, folder, "train_memory.py", "--lengths", "16", "32", "--only", "short", "--steps", "2", "--plot", "p.png"
+    )
+    assert set(result["by_length"]) == {"16", "32"}
+    assert set(result["settings"]) == {"short"}
+    assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")

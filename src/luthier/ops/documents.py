@@ -59,6 +59,7 @@ class Documents:
 
     @property
     def num_tokens(self) -> int:
+        """N, the length of the row they all lie in."""
         return sum(self.lengths)
 
     @cached_property
@@ -73,6 +74,7 @@ class Documents:
 
     @cached_property
     def groups(self) -> tuple[DocumentGroup, ...]:
+        """The documents in rows, neighbours of like length together, with less than PADDING_SHARE of a group empty."""
         groups, start, members = [], 0, list[int]()
         for length in self.lengths:
             widest = max([*members, length])

@@ -167,23 +167,27 @@ class Part:
 
     @property
     def r(self) -> int:
+        """The pair's rank."""
         assert self.lora_A is not None
         return self.lora_A.shape[0]
 
     def a(self, dtype: torch.dtype) -> Tensor:
+        """lora_A in the dtype of the products, (R, I)."""
         assert self.lora_A is not None
         return self.lora_A.to(dtype)
 
     def b(self, dtype: torch.dtype) -> Tensor:
-        """scaling * B: scaled in the masters' dtype, on the smallest matrix there is."""
+        """scaling * lora_B, (O, R): scaled in the masters' dtype, on the smallest matrix there is."""
         assert self.lora_B is not None
         return (self.lora_B * self.scaling).to(dtype)
 
     def merged_weight(self) -> Tensor:
+        """weight + scaling * B A, (O, I); formed when it is used and not kept."""
         dtype = self.weight.dtype
         return torch.addmm(self.weight, self.b(dtype), self.a(dtype))
 
     def dropped(self, x_NI: Tensor) -> Tensor:
+        """What the pair sees of x, (N, I)."""
         assert self.mask is not None
         return (x_NI * self.mask).div_(1 - self.dropout)
 
