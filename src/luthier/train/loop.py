@@ -32,7 +32,7 @@ from luthier.ops.compiler import use_compiler
 from luthier.train.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from luthier.train.prepare import ADAPTER, Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
-from luthier.train.schedule import learning_rate
+from luthier.train.schedule import learning_rate, plan_digest
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,11 @@ class Trainer:
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
         )
-        self.digests = {"data": prepared.rows.digest, "settings": prepared.settings.digest()}
+        self.digests = {
+            "data": prepared.rows.digest,
+            "settings": prepared.settings.digest(),
+            "plan": plan_digest(prepared.steps, packed=prepared.packed),
+        }
         self.progress = Progress(digests=self.digests)
         self.saved_step = 0
         self.adapter_step = 0  # the step of the adapter in the model, where that is not the present one
@@ -156,6 +160,11 @@ class Trainer:
             raise CheckpointError(
                 f"the settings in {self.folder.path}/config.toml are not those this run began with; "
                 "restore them, or start a new run"
+            )
+        if progress.digests.get("plan") != self.digests["plan"]:
+            raise CheckpointError(
+                "the rows would meet in other steps than when this run began: its model is fused differently now (another version "
+                "of transformers or luthier?); go on with the versions it began with, or start a new run"
             )
         if progress.num_threads != torch.get_num_threads():
             log.warning(

@@ -3,6 +3,7 @@
 Nothing here has state, so a resumed run asks the same questions and gets the same answers.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -28,6 +29,11 @@ def plan_steps(lengths: Sequence[int], settings: TrainSettings, *, packed: bool 
         width = settings.accumulate
         steps += [(epoch, batches[start : start + width]) for start in range(0, len(batches), width)]
     return steps[: settings.max_steps]
+
+
+def plan_digest(steps: list[tuple[int, Step]], *, packed: bool) -> str:
+    """Return a sha256 over which rows meet in which step, and how they lie there."""
+    return hashlib.sha256(repr((packed, steps)).encode()).hexdigest()
 
 
 def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:

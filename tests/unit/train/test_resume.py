@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.tiny_run import write_rows
 
+from luthier.adapt import fusing
 from luthier.core.errors import BaseMismatchError, CheckpointError, LuthierError, StorageError
 from luthier.train.loop import StepRecord, Trainer
 from luthier.train.prepare import prepare
@@ -178,6 +179,14 @@ def test_changed_settings_are_refused(run_settings: Make) -> None:
     text = (cut / "config.toml").read_text()
     (cut / "config.toml").write_text(text.replace("learning_rate = 0.05", "learning_rate = 0.06"))
     with pytest.raises(CheckpointError, match=r"config\.toml are not those"):
+        resume(cut)
+
+
+def test_a_model_that_is_fused_differently_now_is_refused(run_settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = crashed_run(run_settings(**LIVELY), 4)
+    # As with a version of transformers whose attention is no longer known: rows would be padded, and fall into other steps.
+    monkeypatch.setattr(fusing, "FUSIBLE", ("gpt2",))
+    with pytest.raises(CheckpointError, match="rows would meet in other steps"):
         resume(cut)
 
 
