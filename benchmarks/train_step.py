@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one to warm up")
     parser.add_argument("--rounds", type=int, default=2, help="how often each contender gets a turn")
     parser.add_argument("--only", nargs="+", help="only these contenders")
-    parser.add_argument("--keep", type=int, default=1, help="let luthier keep freed memory (mallopt)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--gold", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -62,7 +61,7 @@ def run_worker(name: str, arguments: argparse.Namespace, preload: str | None, ex
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if preload:
         environment["LD_PRELOAD"] = preload
-    names = ("model", "data", "rows", "length", "dtype", "steps", "keep")
+    names = ("model", "data", "rows", "length", "dtype", "steps")
     flags = [part for each in names for part in (f"--{each}", str(getattr(arguments, each)))]
     command = [sys.executable, __file__, "--worker", name, *flags, *extra]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -223,7 +222,7 @@ def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False) -> 
     from luthier.engine.score import answer_loss
     from luthier.models.load import load_model
     from luthier.ops.compiler import use_compiler
-    from luthier.train.memory import keep_freed_memory
+    from luthier.train.memory import settle_allocator
 
     base = load_model(arguments.model, dtype=str(dtype_of(arguments)).removeprefix("torch."))
     model = base.model
@@ -234,8 +233,7 @@ def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False) -> 
     give_b_values(named)
     fuse(model)
     use_compiler(compiled)
-    if arguments.keep:
-        keep_freed_memory()
+    settle_allocator()
     ids = batches(arguments, base.tokenizer)
 
     def loss_of(batch: Any) -> Any:

@@ -29,7 +29,7 @@ from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
 from luthier.ops.compiler import use_compiler
-from luthier.train.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
 from luthier.train.prepare import ADAPTER, Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
 from luthier.train.schedule import learning_rate, plan_digest
@@ -101,8 +101,9 @@ class Trainer:
         self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
         self.stop_requested = False
         self.peak_bytes = 0
-        self.allocator = keep_freed_memory()
-        self.is_compiled = use_compiler(self._wants_compiler(), next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        self.allocator = settle_allocator(device.type)
+        self.is_compiled = use_compiler(self._wants_compiler(), device)
         if self.settings.gradient_checkpointing:
             # transformers 5 renames it on its way to 6; both take torch's keywords first.
             new_name = getattr(self.model, "activation_checkpointing_enable", None)
@@ -163,8 +164,8 @@ class Trainer:
             )
         if progress.digests.get("plan") != self.digests["plan"]:
             raise CheckpointError(
-                "the rows would meet in other steps than when this run began: its model is fused differently now (another version "
-                "of transformers or luthier?); go on with the versions it began with, or start a new run"
+                "the rows would meet in other steps than when this run began: its model is fused differently now (other versions "
+                "of transformers or luthier?); go on with those it began with, or start a new run"
             )
         if progress.num_threads != torch.get_num_threads():
             log.warning(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from luthier.models.dtype import fast_bf16_unit
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 LARGEST_KEPT = 2**30
@@ -43,6 +45,19 @@ def peak_memory() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def settle_allocator(device: str = "cpu") -> str:
+    """Keep freed memory where that is worth its price, and return what was done and why, in words.
+
+    Where a processor has bf16 units, products are so fast that paging takes half a step. Elsewhere no gain was measured, and kept
+    memory fragments: the peak is up to a fifth higher.
+    """
+    if device != "cpu":
+        return "left as it is: the tensors are not in this process's memory"
+    if fast_bf16_unit() is None:
+        return "left as it is: on this processor paging is a small part of a step"
+    return keep_freed_memory()
 
 
 def keep_freed_memory() -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from luthier.train import memory
-from luthier.train.memory import held_memory, keep_freed_memory, peak_memory, reset_peak_memory
+from luthier.train.memory import held_memory, keep_freed_memory, peak_memory, reset_peak_memory, settle_allocator
 
 MIB = 2**20
 
@@ -24,7 +24,7 @@ import ctypes, json, resource, sys
 PR_SET_THP_DISABLE = 41
 ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 import torch
-from luthier.train.memory import held_memory, keep_freed_memory, peak_memory, reset_peak_memory
+from luthier.train.memory import held_memory, keep_freed_memory, peak_memory, reset_peak_memory, settle_allocator
 
 MIB = 2**20
 torch.set_num_threads(1)
@@ -146,3 +146,12 @@ def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("mallopt was called"))
     assert keep_freed_memory() == "left to the system's allocator"
+
+
+def test_memory_is_kept_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: "kept")
+    monkeypatch.setattr(memory, "fast_bf16_unit", lambda: "AMX")
+    assert settle_allocator() == "kept"
+    assert settle_allocator("cuda").startswith("left as it is")
+    monkeypatch.setattr(memory, "fast_bf16_unit", lambda: None)
+    assert settle_allocator().startswith("left as it is")
