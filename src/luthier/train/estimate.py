@@ -20,7 +20,7 @@ from luthier.data.batches import padded_length
 from luthier.engine.score import answer_loss
 from luthier.ops.cross_entropy import CHUNK_BYTES
 from luthier.train.loop import Trainer
-from luthier.train.memory import peak_memory, reset_peak_memory
+from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory
 from luthier.train.runfolder import random_state, restore_random_state
 
 if TYPE_CHECKING:
@@ -85,9 +85,13 @@ def calibrate(trainer: Trainer) -> Calibration:
             loss, count = answer_loss(trainer.model, batch)
             middle = time.perf_counter()
             (loss / count).backward()
+            ended = time.perf_counter()
+            del loss
+            if not trainer.keeps_memory:
+                release_freed_memory()
             if index > 0:  # the first pass of a process is slower than any after it
                 forward += middle - began
-                backward += time.perf_counter() - middle
+                backward += ended - middle
     costs = [_cost(trainer, indices) for indices in samples]
     return Calibration(forward, backward, sum(costs), max(costs), peak_memory())
 
@@ -152,19 +156,18 @@ def _kept_bytes_per_token(trainer: Trainer) -> float:
     batch = trainer.micro_batch(few)
     model = trainer.model
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()  # several views of one storage are kept once
-        return tensor
+    def note(tensor: Tensor) -> None:
+        # By storage, since several views of one are kept once; detached, since a graph that holds its output is never freed.
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor.detach()
 
     with _leaving_no_trace(trainer), _without_checkpointing(model):
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss, _ = answer_loss(model, batch)
-        del loss  # until here, so that no storage is freed and its address taken by another
-    return sum(kept.values()) / _cost(trainer, few)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
+            answer_loss(model, batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / _cost(trainer, few)
 
 
 @contextmanager

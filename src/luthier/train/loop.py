@@ -29,7 +29,7 @@ from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
 from luthier.ops.compiler import use_compiler
-from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
+from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory, settle_allocator
 from luthier.train.prepare import ADAPTER, Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
 from luthier.train.schedule import learning_rate, plan_digest
@@ -103,6 +103,7 @@ class Trainer:
         self.peak_bytes = 0
         device = next(self.model.parameters()).device
         self.allocator = settle_allocator(device.type)
+        self.keeps_memory = self.allocator.startswith("freed blocks")
         self.is_compiled = use_compiler(self._wants_compiler(), device)
         if self.settings.gradient_checkpointing:
             # transformers 5 renames it on its way to 6; both take torch's keywords first.
@@ -228,6 +229,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+        if not self.keeps_memory:
+            release_freed_memory()
         tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - began
         self.progress.step += 1
