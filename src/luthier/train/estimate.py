@@ -164,9 +164,9 @@ def _kept_bytes_per_token(trainer: Trainer) -> float:
         if address not in own:
             kept[address] = tensor.detach()
 
-    with _leaving_no_trace(trainer), _without_checkpointing(model):
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
-            answer_loss(model, batch)
+    noting = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
+    with _leaving_no_trace(trainer), _without_checkpointing(model), noting:
+        answer_loss(model, batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / _cost(trainer, few)
 
 
