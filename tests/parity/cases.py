@@ -3,7 +3,7 @@
 A configuration is one dictionary; its keys mean the same in luthier's LoraConfig and in PEFT's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,3 +112,16 @@ CASES = [
     Case("dropout", "llama", {"r": 2, "target_modules": QV, "lora_dropout": 0.25, "task_type": "CAUSAL_LM"}),
 ]
 IDS_OF_CASES = [case.name for case in CASES]
+
+
+def adamw_curve(parameters: Iterable[torch.nn.Parameter], losses: Iterable[Callable[[], torch.Tensor]]) -> list[float]:
+    """Take one AdamW step on each loss in turn and return the losses."""
+    optimiser = torch.optim.AdamW(parameters, lr=2e-2, weight_decay=0.01)
+    curve = []
+    for loss_of in losses:
+        loss = loss_of()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        curve.append(loss.item())
+    return curve

@@ -1,9 +1,11 @@
 """Packed and fused training follows PEFT, which trains the same rows padded and through transformers' own forward."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
-from tests.parity.cases import VOCAB, MakeModel, relative
+from tests.parity.cases import VOCAB, MakeModel, adamw_curve, relative
 from torch import nn
 
 from luthier.adapt.attaching import attach
@@ -62,15 +64,8 @@ def test_ten_packed_steps_follow_pefts_padded_ones(targets: list[str], make_mode
     curves = []
     for model, parameters, loss_of in ((ours, trained, packed_loss), (theirs, expected, peft_loss)):
         model.train()
-        optimiser = torch.optim.AdamW(parameters.values(), lr=2e-2, weight_decay=0.01)
-        curve = []
-        for step in range(10):
-            loss = loss_of(model, rows_of(step % 2))
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            curve.append(loss.item())
-        curves.append(curve)
+        losses = [partial(loss_of, model, rows_of(step % 2)) for step in range(10)]
+        curves.append(adamw_curve(parameters.values(), losses))
     assert curves[1][-1] < curves[1][0] - 0.1, "nothing was learnt: nothing was compared"
     assert max(abs(one - other) for one, other in zip(*curves, strict=True)) <= 1e-4
     assert all(not torch.equal(start[key], trained[key]) for key in trained)

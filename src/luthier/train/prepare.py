@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.adapt.attaching import attach
-from luthier.adapt.fusing import Fusion, fuse, unfuse
+from luthier.adapt.fusing import Fusion, fuse
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError, ModelError
@@ -79,7 +79,6 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
         load_adapter(base.model, adapter, ADAPTER, trainable=True)
         planned = plan(base.model, lora)
     fingerprint = fingerprint_of(base.model)
-    unfuse(base.model)
     fusion = fuse(base.model) if settings.train.kernels == "fused" else Fusion(reason="train.kernels is plain")
     packed = settings.train.packing and can_take_packed(base.model, rows.train.rows)
     steps = plan_steps(rows.train.lengths, settings.train, packed=packed)
