@@ -25,6 +25,7 @@ from luthier.engine.modes import evaluating
 from luthier.layers.fused import projection_of
 from luthier.ops.cross_entropy import labelled_cross_entropy
 from luthier.ops.documents import Documents
+from luthier.ops.products import fast_products
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,7 +102,7 @@ def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor"
     head = model.get_output_embeddings()  # type: ignore[operator]
     projection = projection_of(head, hidden_KI)
     if projection is not None and not projection.dropout:
-        return labelled_cross_entropy(hidden_KI, targets_K, projection), len(targets_K)
+        return labelled_cross_entropy(hidden_KI, targets_K, projection, products=fast_products(hidden_KI)), len(targets_K)
     logits_KV = head(hidden_KI)
     logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
     return F.cross_entropy(logits_KV, targets_K, reduction="sum"), len(targets_K)

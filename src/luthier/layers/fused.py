@@ -6,6 +6,7 @@ are, and the class comes back. Whatever a fused forward was not made for goes to
 Never decides which modules to fuse (`luthier.adapt.fusing` does, and compares each with the original first).
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from luthier.ops.attention import document_attention
 from luthier.ops.documents import Documents
 from luthier.ops.elementwise import rms_norm, rotate
 from luthier.ops.gated import gated_projection
+from luthier.ops.products import fast_products
 from luthier.ops.projection import Projection, adapted_projections
 
 
@@ -48,8 +50,9 @@ class FusedGatedMLP(FusedModule):
         if any(part is None for part in parts):
             return cast(Tensor, super().forward(x))
         gate, up, down = cast(list[Projection], parts)
-        gates_x, up_x = adapted_projections(x, [gate, up])
-        return gated_projection(gates_x, up_x, down)
+        products = fast_products(x)
+        gates_x, up_x = adapted_projections(x, [gate, up], products=products)
+        return gated_projection(gates_x, up_x, down, products=products)
 
 
 class FusedAttention(FusedModule):
@@ -73,17 +76,20 @@ class FusedAttention(FusedModule):
         if documents is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
         assert position_embeddings is not None and kwargs.get("past_key_values") is None
-        parts = [projection_of(self.get_submodule(name), hidden_states) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(part is not None for part in parts):
-            q, k, v = adapted_projections(hidden_states, cast(list[Projection], parts))
-        else:
-            q, k, v = (self.get_submodule(name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = self._project(hidden_states, "q_proj", "k_proj", "v_proj")
         q_NHD, k_NKD, v_NKD = (each.view(documents.num_tokens, -1, self.head_dim) for each in (q, k, v))
         if hasattr(self, "q_norm"):
             q_NHD, k_NKD = self.get_submodule("q_norm")(q_NHD), self.get_submodule("k_norm")(k_NKD)
         cos, sin = (each.reshape(documents.num_tokens, -1) for each in position_embeddings)
         o_NHD = document_attention(rotate(q_NHD, cos, sin), rotate(k_NKD, cos, sin), v_NKD, documents, self.scaling)
-        return self.get_submodule("o_proj")(o_NHD.reshape(*hidden_states.shape[:-1], -1)), None
+        return self._project(o_NHD.reshape(*hidden_states.shape[:-1], -1), "o_proj")[0], None
+
+    def _project(self, x: Tensor, *names: str) -> Sequence[Tensor]:
+        layers = [self.get_submodule(name) for name in names]
+        parts = [projection_of(layer, x) for layer in layers]
+        if any(part is None for part in parts):
+            return [layer(x) for layer in layers]
+        return adapted_projections(x, cast(list[Projection], parts), products=fast_products(x))
 
 
 def projection_of(layer: nn.Module, x: Tensor) -> Projection | None:

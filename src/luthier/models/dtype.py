@@ -4,12 +4,11 @@ bfloat16 halves memory everywhere, but a processor without bf16 matrix products 
 faster and the more exact choice. This file never loads or converts a model.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError, did_you_mean
+from luthier.core.processor import fast_bf16_unit
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +20,6 @@ NAMES = {
     "bf16": "bfloat16",
     "float16": "float16",
     "fp16": "float16",
-}
-BF16_FLAGS = {
-    "amx_bf16": "AMX",  # x86: Intel from Sapphire Rapids on
-    "avx512_bf16": "AVX512-BF16",  # x86: Intel from Cooper Lake, AMD from Zen 4 on
-    "bf16": "the Arm bf16 extension",
 }
 
 
@@ -62,14 +56,3 @@ def choose_dtype(requested: str = "auto", device: str = "cpu") -> DtypeChoice:
     return DtypeChoice(
         torch.float32, "float32: this processor has no bf16 matrix products; bfloat16 would halve memory and be slower."
     )
-
-
-def fast_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """Return the name of the processor's bf16 matrix unit, or None where it has none (or the system does not say)."""
-    try:
-        text = cpuinfo.read_text(errors="replace")
-    except OSError:
-        return None
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
-    flags = set(match[1].split()) if match else set()
-    return next((unit for flag, unit in BF16_FLAGS.items() if flag in flags), None)

@@ -3,10 +3,10 @@
 Shape letters: N tokens of all documents, H query heads, K key heads (H is a multiple of K), D head width; in a group of
 documents b rows of L tokens.
 
-In float32 and float64 it is done here, in blocks of queries that see the keys up to their own end: plain batched products at
-their full rate, without the half of the square that is masked anyway, the heads that share keys in one product. Only q, k, v
-and the output are kept; weights are formed again in the backward pass. In 16 bits a score must not be rounded before the
-softmax, so torch's own kernel is asked, group by group.
+Where products are formed in float32 or float64 it is done here, in blocks of queries that see the keys up to their own end:
+plain batched products at their full rate, without the half of the square that is masked anyway, the heads that share keys in
+one product. Only q, k, v and the output are kept; weights are formed again in the backward pass. Where products are formed in 16
+bits a score must not be rounded before the softmax, so torch's own kernel is asked, group by group.
 """
 
 import functools
@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.ops.documents import DocumentGroup, Documents
+from luthier.ops.products import fast_products
 
 BLOCK = 64
 """Queries in one block, where a document has more than twice as many tokens."""
@@ -45,8 +46,9 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
     Shapes: q (N, H, D), k and v (N, K, D) -> (N, H, D).
     """
     longest = max(group.length for group in documents.groups)
-    if q.dtype in (torch.float32, torch.float64) and q.device.type == "cpu" and longest <= LONGEST_BLOCKED:
-        output: Tensor = _BlockedAttention.apply(q, k, v, documents, scale)
+    products = fast_products(q)
+    if products in (torch.float32, torch.float64) and q.device.type == "cpu" and longest <= LONGEST_BLOCKED:
+        output: Tensor = _BlockedAttention.apply(q, k, v, documents, scale, products)
         return output
     parts = []
     for group in documents.groups:
@@ -59,16 +61,17 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
 
 class _BlockedAttention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, products: torch.dtype) -> Tensor:
         output, share = q.new_empty(q.shape), q.shape[1] // k.shape[1]
         for group in documents.groups:
             # Queries lie token by token with the heads of one key head side by side, so a block of tokens is a slice.
-            q_gMD, k_gLD, v_gLD = _queries(group, q, k.shape[1]).mul_(scale), _keys(group, k), _keys(group, v)
+            q_gMD = _queries(group, q, k.shape[1], products).mul_(scale)
+            k_gLD, v_gLD = _keys(group, k, products), _keys(group, v, products)
             o_gMD = torch.empty_like(q_gMD)
             for rows, end in _blocks(group.length, share):
                 torch.bmm(_weights(q_gMD[:, rows], k_gLD[:, :end], share), v_gLD[:, :end], out=o_gMD[:, rows])
             output[group.start : group.stop] = _tokens(group, o_gMD, q)
-        ctx.documents, ctx.scale = documents, scale
+        ctx.documents, ctx.scale, ctx.products = documents, scale, products
         ctx.save_for_backward(q, k, v, output)
         return output
 
@@ -79,8 +82,9 @@ class _BlockedAttention(Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         heads, share = k.shape[1], q.shape[1] // k.shape[1]
         for group in ctx.documents.groups:
-            q_gMD, k_gLD, v_gLD = _queries(group, q, heads).mul_(ctx.scale), _keys(group, k), _keys(group, v)
-            do_gMD, o_gMD = _queries(group, upstream, heads), _queries(group, output, heads)
+            q_gMD, do_gMD, o_gMD = (_queries(group, each, heads, ctx.products) for each in (q, upstream, output))
+            k_gLD, v_gLD = _keys(group, k, ctx.products), _keys(group, v, ctx.products)
+            q_gMD.mul_(ctx.scale)
             row_sums_gM1 = o_gMD.mul_(do_gMD).sum(-1, keepdim=True)
             dq_gMD, dk_gLD, dv_gLD = torch.empty_like(q_gMD), torch.zeros_like(k_gLD), torch.zeros_like(v_gLD)
             for rows, end in _blocks(group.length, share):
@@ -93,7 +97,7 @@ class _BlockedAttention(Function):
             dq[group.start : group.stop] = _tokens(group, dq_gMD.mul_(ctx.scale), q)
             dk[group.start : group.stop] = _tokens(group, dk_gLD, k)
             dv[group.start : group.stop] = _tokens(group, dv_gLD, v)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _blocks(length: int, share: int) -> list[tuple[slice, int]]:
@@ -121,15 +125,15 @@ def _future(num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return torch.full((num_tokens, num_tokens), float("-inf"), dtype=dtype, device=device).triu_(1).unsqueeze(1)
 
 
-def _queries(group: DocumentGroup, tensor: Tensor, heads: int) -> Tensor:
+def _queries(group: DocumentGroup, tensor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """Return the group's rows of (N, H, D) as (b * K, L * H / K, D), in memory of their own."""
-    rows = group.take(tensor.unflatten(1, (heads, -1)))
-    return rows.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(group.rows * heads, -1, tensor.shape[-1])
+    rows = group.take(tensor.unflatten(1, (heads, -1))).transpose(1, 2)
+    return rows.to(dtype, copy=True, memory_format=torch.contiguous_format).view(group.rows * heads, -1, tensor.shape[-1])
 
 
-def _keys(group: DocumentGroup, tensor: Tensor) -> Tensor:
+def _keys(group: DocumentGroup, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the group's rows of (N, K, D) as (b * K, L, D)."""
-    return group.take(tensor).transpose(1, 2).reshape(-1, group.length, tensor.shape[-1])
+    return group.take(tensor).transpose(1, 2).to(dtype).reshape(-1, group.length, tensor.shape[-1])
 
 
 def _tokens(group: DocumentGroup, rows_gMD: Tensor, like: Tensor) -> Tensor:

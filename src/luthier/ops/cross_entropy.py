@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from luthier.ops.products import row_slices
 from luthier.ops.projection import Projection, adapted_projections_plain
 
 CHUNK_BYTES = 96 * 2**20
@@ -28,16 +29,16 @@ def labelled_cross_entropy_plain(hidden: Tensor, targets: Tensor, head: Projecti
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
-def labelled_cross_entropy(hidden: Tensor, targets: Tensor, head: Projection) -> Tensor:
+def labelled_cross_entropy(hidden: Tensor, targets: Tensor, head: Projection, *, products: torch.dtype | None = None) -> Tensor:
     """Return the summed cross entropy (nats) of `targets` (K,) under the head's logits for `hidden` (K, I), in float32 at least.
 
     The head's weight and bias are frozen; its pair learns. Its dropout must be 0 here, since masks are not kept over chunks.
+    `products` as in `adapted_projections`.
     """
     assert not head.dropout
     wanted = hidden.requires_grad or any(pair is not None and pair.requires_grad for pair in (head.lora_A, head.lora_B))
-    loss: Tensor = _LabelledCrossEntropy.apply(
-        hidden, targets, head.weight, head.bias, head.lora_A, head.lora_B, head.scaling, wanted and torch.is_grad_enabled()
-    )
+    constants = (head.scaling, products or hidden.dtype, wanted and torch.is_grad_enabled())
+    loss: Tensor = _LabelledCrossEntropy.apply(hidden, targets, constants, head.weight, head.bias, head.lora_A, head.lora_B)
     return loss
 
 
@@ -47,26 +48,30 @@ class _LabelledCrossEntropy(Function):
         ctx: Any,
         hidden: Tensor,
         targets: Tensor,
+        constants: tuple[float, torch.dtype, bool],
         weight: Tensor,
         bias: Tensor | None,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
-        scaling: float,
-        wanted: bool,
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scaling, products, wanted = constants
+        wide = torch.promote_types(products, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wanted else None
         has_pair = lora_A is not None and lora_B is not None
-        A_RI = lora_A.to(hidden.dtype) if has_pair else None  # type: ignore[union-attr]
-        B_VR = torch.mul(lora_B, scaling).to(hidden.dtype) if has_pair else None  # type: ignore[arg-type]
+        A_RI = lora_A.to(products) if has_pair else None  # type: ignore[union-attr]
+        B_VR = torch.mul(lora_B, scaling).to(products) if has_pair else None  # type: ignore[arg-type]
         d_A = torch.zeros_like(lora_A, dtype=wide) if wanted and has_pair else None  # type: ignore[arg-type]
         d_B = torch.zeros_like(lora_B, dtype=wide) if wanted and has_pair else None  # type: ignore[arg-type]
         chunk = max(1, min(len(hidden), CHUNK_BYTES // (4 * weight.shape[0])))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            x, target = hidden[rows], targets[rows, None]
-            z = F.linear(x, weight, bias)
+            x, target = hidden[rows].to(products), targets[rows, None]
+            z = x.new_empty(len(x), len(weight))
+            for entries, weight_VI in row_slices(weight, products):
+                torch.mm(x, weight_VI.T, out=z[:, entries])
+            if bias is not None:
+                z += bias
             if A_RI is not None and B_VR is not None:
                 h = x @ A_RI.T
                 z.addmm_(h, B_VR.T)
@@ -75,13 +80,16 @@ class _LabelledCrossEntropy(Function):
             total += (log_sum - z.gather(1, target)).sum(dtype=torch.float64)
             if d_hidden is None:
                 continue
-            d_z = z.sub_(log_sum).exp_().scatter_add_(1, target, z.new_full((), -1.0).expand_as(target)).to(hidden.dtype)
-            d_x = torch.mm(d_z, weight, out=d_hidden[rows])
+            d_z = z.sub_(log_sum).exp_().scatter_add_(1, target, z.new_full((), -1.0).expand_as(target)).to(products)
+            d_x = torch.zeros_like(x)
+            for entries, weight_VI in row_slices(weight, products):
+                d_x.addmm_(d_z[:, entries], weight_VI)
             if d_A is not None and d_B is not None:
                 d_h = d_z @ B_VR  # type: ignore[operator]
                 d_x.addmm_(d_h, A_RI)  # type: ignore[arg-type]
                 d_A += d_h.T @ x
                 d_B += d_z.T @ h
+            d_hidden[rows] = d_x
         ctx.save_for_backward(
             d_hidden,
             None if d_A is None else d_A.to(lora_A.dtype),  # type: ignore[union-attr]
@@ -93,4 +101,4 @@ class _LabelledCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         d_hidden, d_A, d_B = (None if each is None else each * upstream.to(each.dtype) for each in ctx.saved_tensors)
-        return d_hidden, None, None, None, d_A, d_B, None, None
+        return d_hidden, None, None, None, None, d_A, d_B

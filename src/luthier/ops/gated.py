@@ -9,13 +9,14 @@ Shape letters: N tokens, F width of the MLP, O out_features.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.ops.elementwise import gate, gate_backward
-from luthier.ops.projection import Projection, adapted_projections_plain, project, project_back, to_parts
+from luthier.ops.projection import Constants, Projection, adapted_projections_plain, project, project_back, to_parts
 
 
 def gated_projection_plain(gates: Tensor, up: Tensor, projection: Projection) -> Tensor:
@@ -23,9 +24,12 @@ def gated_projection_plain(gates: Tensor, up: Tensor, projection: Projection) ->
     return adapted_projections_plain(F.silu(gates) * up, [projection])[0]
 
 
-def gated_projection(gates: Tensor, up: Tensor, projection: Projection) -> Tensor:
-    """Return the projection of silu(gates) * up, both (..., F), as (..., O). Weight and bias must be frozen."""
-    constants = ((projection.scaling, projection.dropout),)
+def gated_projection(gates: Tensor, up: Tensor, projection: Projection, *, products: torch.dtype | None = None) -> Tensor:
+    """Return the projection of silu(gates) * up, both (..., F), as (..., O). Weight and bias must be frozen.
+
+    `products` as in `adapted_projections`.
+    """
+    constants = Constants(products or gates.dtype, ((projection.scaling, projection.dropout),))
     tensors = (projection.weight, projection.bias, projection.lora_A, projection.lora_B)
     output: Tensor = _GatedProjection.apply(gates, up, constants, *tensors)
     return output

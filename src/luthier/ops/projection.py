@@ -10,7 +10,7 @@ Shape letters: N tokens, I in_features, O out_features, R rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +47,16 @@ def adapted_projections_plain(x: Tensor, projections: Sequence[Projection]) -> t
     return tuple(outputs)
 
 
-def adapted_projections(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+def adapted_projections(
+    x: Tensor, projections: Sequence[Projection], *, products: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """Return y_i for each projection of x (..., I): a tuple of (..., O_i) in x's dtype.
 
     Gradients go to x and to the pairs, never to weights and biases: those must be frozen. The pairs may be in a wider dtype;
-    they are cast to x's, their gradients come back in their own.
+    they are cast to x's, their gradients come back in their own. With `products` all is multiplied and added up in that dtype
+    (see `luthier.ops.products`) and rounded to x's once.
     """
-    constants = tuple((each.scaling, each.dropout) for each in projections)
+    constants = Constants(products or x.dtype, tuple((each.scaling, each.dropout) for each in projections))
     tensors = [tensor for each in projections for tensor in (each.weight, each.bias, each.lora_A, each.lora_B)]
     outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(x, constants, *tensors)
     return outputs
@@ -94,36 +97,39 @@ class _AdaptedProjections(Function):
 
 
 def project(x_NI: Tensor, parts: Sequence["Part"]) -> list[Tensor]:
-    """Return the outputs (N, O_i); fills in `h` and `mask` of the parts that need them for the way back."""
+    """Return the outputs (N, O_i) in x's dtype; fills in `h` and `mask` of the parts that need them for the way back."""
+    dtype, products = x_NI.dtype, parts[0].products
+    x_NI = x_NI.to(products)
     for part in parts:
         if part.lora_A is not None and part.dropout:
             # Drawn as F.dropout draws it, so that one seed drops the same; a byte a number is kept instead of a copy of x.
             part.mask = torch.empty_like(x_NI).bernoulli_(1 - part.dropout).bool()
-            part.h = part.dropped(x_NI) @ part.a(x_NI.dtype).T
+            part.h = part.dropped(x_NI) @ part.a().T
     _share_h([part for part in parts if part.lora_A is not None and part.mask is None and not part.is_merged], x_NI)
     outputs = []
     for part in parts:
-        y = F.linear(x_NI, part.merged_weight() if part.is_merged else part.weight, part.bias)
+        y = F.linear(x_NI, part.used_weight(), None if part.bias is None else part.bias.to(products))
         if part.h is not None:
-            y.addmm_(part.h, part.b(x_NI.dtype).T)
-        outputs.append(y)
+            y.addmm_(part.h, part.b().T)
+        outputs.append(y.to(dtype))
     return outputs
 
 
 def project_back(x_NI: Tensor, parts: Sequence["Part"], dys: Sequence[Tensor], *, need_dx: bool) -> Tensor | None:
     """Return dx (N, I) if it is needed; fills in `d_a` and `d_b` of the parts with a pair."""
+    dtype, products = x_NI.dtype, parts[0].products
+    x_NI, dys = x_NI.to(products), [dy_NO.to(products) for dy_NO in dys]
     dx: Tensor | None = None
     if need_dx:
         for part, dy_NO in zip(parts, dys, strict=True):
-            weight = part.merged_weight() if part.is_merged else part.weight
-            dx = dy_NO @ weight if dx is None else dx.addmm_(dy_NO, weight)
+            dx = dy_NO @ part.used_weight() if dx is None else dx.addmm_(dy_NO, part.used_weight())
     _share_h([part for part in parts if part.is_merged], x_NI)
     sharing, d_hs = [], []
     for part, dy_NO in zip(parts, dys, strict=True):
         if part.lora_A is None or part.lora_B is None:
             continue
         assert part.h is not None
-        d_h = dy_NO @ part.b(x_NI.dtype)
+        d_h = dy_NO @ part.b()
         part.d_b = (dy_NO.T @ part.h).to(part.lora_B.dtype) * part.scaling
         if part.mask is None:
             sharing.append(part)
@@ -131,7 +137,7 @@ def project_back(x_NI: Tensor, parts: Sequence["Part"], dys: Sequence[Tensor], *
             continue
         part.d_a = (d_h.T @ part.dropped(x_NI)).to(part.lora_A.dtype)
         if dx is not None:
-            dx.add_((d_h @ part.a(x_NI.dtype)).mul_(part.mask), alpha=1 / (1 - part.dropout))
+            dx.add_((d_h @ part.a()).mul_(part.mask), alpha=1 / (1 - part.dropout))
     if sharing:
         d_h = torch.cat(d_hs, dim=1)
         for part, d_a in zip(sharing, (d_h.T @ x_NI).split([part.r for part in sharing]), strict=True):
@@ -140,12 +146,15 @@ def project_back(x_NI: Tensor, parts: Sequence["Part"], dys: Sequence[Tensor], *
         if dx is not None and apart:
             if len(apart) < len(sharing):
                 d_h = torch.cat([d_hs[index] for index in apart], dim=1)
-            dx.addmm_(d_h, _stacked_a([sharing[index] for index in apart], x_NI.dtype))
-    return dx
+            dx.addmm_(d_h, _stacked_a([sharing[index] for index in apart]))
+    return None if dx is None else dx.to(dtype)
 
 
-Constants = tuple[tuple[float, float], ...]
-"""(scaling, dropout) of each projection."""
+class Constants(NamedTuple):
+    """What a node knows of its projections besides their tensors: the dtype of products, and (scaling, dropout) of each."""
+
+    products: torch.dtype
+    pairs: tuple[tuple[float, float], ...]
 
 
 @dataclass(slots=True)
@@ -159,6 +168,7 @@ class Part:
     scaling: float
     dropout: float
     is_merged: bool
+    products: torch.dtype
     h: Tensor | None = None
     """x A^T, (N, R)"""
     mask: Tensor | None = None
@@ -171,20 +181,20 @@ class Part:
         assert self.lora_A is not None
         return self.lora_A.shape[0]
 
-    def a(self, dtype: torch.dtype) -> Tensor:
+    def a(self) -> Tensor:
         """lora_A in the dtype of the products, (R, I)."""
         assert self.lora_A is not None
-        return self.lora_A.to(dtype)
+        return self.lora_A.to(self.products)
 
-    def b(self, dtype: torch.dtype) -> Tensor:
+    def b(self) -> Tensor:
         """scaling * lora_B, (O, R): scaled in the masters' dtype, on the smallest matrix there is."""
         assert self.lora_B is not None
-        return (self.lora_B * self.scaling).to(dtype)
+        return (self.lora_B * self.scaling).to(self.products)
 
-    def merged_weight(self) -> Tensor:
-        """weight + scaling * B A, (O, I); formed when it is used and not kept."""
-        dtype = self.weight.dtype
-        return torch.addmm(self.weight, self.b(dtype), self.a(dtype))
+    def used_weight(self) -> Tensor:
+        """weight, or weight + scaling * B A where that is cheaper, (O, I); what is formed here is not kept."""
+        weight = self.weight.to(self.products)
+        return torch.addmm(weight, self.b(), self.a()) if self.is_merged else weight
 
     def dropped(self, x_NI: Tensor) -> Tensor:
         """What the pair sees of x, (N, I)."""
@@ -197,12 +207,12 @@ def to_parts(
 ) -> list[Part]:
     """Return the projections of a node as parts; `tensors` are weight, bias, lora_A and lora_B of each in turn."""
     parts = []
-    for index, (scaling, dropout) in enumerate(constants):
+    for index, (scaling, dropout) in enumerate(constants.pairs):
         weight, bias, lora_A, lora_B = tensors[4 * index : 4 * index + 4]
         out_features, in_features = weight.shape
         can_merge = lora_A is not None and not dropout
-        is_merged = can_merge and merging_is_cheaper(len(x_NI), out_features, in_features, x_NI.dtype)
-        part = Part(weight, bias, lora_A, lora_B, scaling, dropout, is_merged)
+        is_merged = can_merge and merging_is_cheaper(len(x_NI), out_features, in_features, constants.products)
+        part = Part(weight, bias, lora_A, lora_B, scaling, dropout, is_merged, constants.products)
         if hs:
             part.h, part.mask = hs[index], masks[index]
         parts.append(part)
@@ -212,10 +222,10 @@ def to_parts(
 def _share_h(parts: Sequence[Part], x_NI: Tensor) -> None:
     """Give each part its x A^T out of one product with all of their A stacked."""
     if parts:
-        stacked = x_NI @ _stacked_a(parts, x_NI.dtype).T
+        stacked = x_NI @ _stacked_a(parts).T
         for part, h in zip(parts, stacked.split([part.r for part in parts], dim=1), strict=True):
             part.h = h
 
 
-def _stacked_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
-    return torch.cat([part.a(dtype) for part in parts]) if len(parts) > 1 else parts[0].a(dtype)
+def _stacked_a(parts: Sequence[Part]) -> Tensor:
+    return torch.cat([part.a() for part in parts]) if len(parts) > 1 else parts[0].a()

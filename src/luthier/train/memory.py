@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from luthier.models.dtype import fast_bf16_unit
+from luthier.core.processor import fast_bf16_unit
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""

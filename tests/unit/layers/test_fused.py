@@ -45,7 +45,7 @@ def is_fast(monkeypatch: pytest.MonkeyPatch, name: str, run: Callable[[], object
     """Whether `run` calls this function of `luthier.ops`."""
     calls, real = [], getattr(fused_room, name)
     with monkeypatch.context() as patch:
-        patch.setattr(fused_room, name, lambda *given: calls.append(1) or real(*given))
+        patch.setattr(fused_room, name, lambda *given, **named: calls.append(1) or real(*given, **named))
         run()
     return bool(calls)
 

@@ -6,28 +6,7 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError
-from luthier.models.dtype import choose_dtype, fast_bf16_unit
-
-
-@pytest.mark.parametrize(
-    ("line", "unit"),
-    [
-        ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile", "AMX"),
-        ("flags : fpu avx512f avx512_bf16", "AVX512-BF16"),
-        ("Features\t: fp asimd bf16 i8mm", "the Arm bf16 extension"),
-        ("flags : fpu avx2 avx512f amx_tile", None),
-        ("model name : avx512_bf16", None),
-        ("", None),
-    ],
-)
-def test_the_unit_is_read_from_the_flags_line_only(tmp_path, line, unit):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor : 0\n{line}\n\nprocessor : 1\n")
-    assert fast_bf16_unit(cpuinfo) == unit
-
-
-def test_a_system_without_cpuinfo_counts_as_without_unit(tmp_path):
-    assert fast_bf16_unit(tmp_path / "absent") is None
+from luthier.models.dtype import choose_dtype
 
 
 def test_auto_agrees_with_torchs_own_view_of_this_processor():

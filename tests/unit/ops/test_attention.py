@@ -114,8 +114,12 @@ def test_float32(take_path: Callable, name: str, share: int, path: str) -> None:
 
 
 @each_share
+@pytest.mark.parametrize("unit", [None, "AMX"])
 @pytest.mark.parametrize("name", ["one token", "very unequal", "three blocks", "blocks and padding"])
-def test_bfloat16_is_as_exact_as_the_plain_expression(name: str, share: int) -> None:
+def test_bfloat16_is_as_exact_as_the_plain_expression(
+    monkeypatch: pytest.MonkeyPatch, name: str, unit: str | None, share: int
+) -> None:
+    monkeypatch.setattr("luthier.ops.products.fast_bf16_unit", lambda: unit)
     lengths, documents = LENGTHS[name], Documents(LENGTHS[name])
     tensors = make(lengths, share, torch.bfloat16, width=16)
     upstream = torch.randn(tensors[0].shape).bfloat16()

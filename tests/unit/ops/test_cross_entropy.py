@@ -1,6 +1,7 @@
 """The loss straight from hidden states, against full logits in float64 and autograd; what it makes and what it keeps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,12 +126,20 @@ def test_float32(chunks_of: Callable, head: dict[str, Any]) -> None:
 
 @each_head
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
-def test_bfloat16_is_as_exact_as_the_plain_expression(chunks_of: Callable, head: dict[str, Any], master: torch.dtype) -> None:
+@pytest.mark.parametrize("products", [None, torch.float32], ids=["own products", "float32 products"])
+def test_bfloat16_is_as_exact_as_the_plain_expression(
+    chunks_of: Callable,
+    head: dict[str, Any],
+    master: torch.dtype,
+    products: torch.dtype | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     chunks_of(30, 256)
+    monkeypatch.setattr("luthier.ops.products.SLICE_BYTES", 4 * 64 * 100)  # a head of 256 entries in slices of 100
     projection = make_head(256, 64, **head, dtype=torch.bfloat16, master=master)
     hidden, targets = make_rows(200, projection)
     wanted = dense(hidden, targets, projection, 0.01)
-    found = results_of(labelled_cross_entropy, hidden, targets, projection, 0.01)
+    found = results_of(partial(labelled_cross_entropy, products=products), hidden, targets, projection, 0.01)
     plain = results_of(labelled_cross_entropy_plain, hidden, targets, projection, 0.01)
     assert [each.dtype for each in found] == [torch.float32, torch.bfloat16, *[master] * (2 * ("r" in head))]
     for each, plain_one, want in zip(found, plain, wanted, strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -369,16 +370,22 @@ def norm_of_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[flo
     return [float((each.detach().double() - want).norm()) for each, want in zip(found, wanted, strict=True)]
 
 
+each_products = pytest.mark.parametrize("products", [None, torch.float32], ids=["own products", "float32 products"])
+
+
 @pytest.mark.parametrize("tokens", [5, 200])
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+@each_products
 @each_shared
-def test_bfloat16_is_as_exact_as_the_plain_expression(specs: list[Spec], master: torch.dtype, tokens: int) -> None:
+def test_bfloat16_is_as_exact_as_the_plain_expression(
+    specs: list[Spec], master: torch.dtype, tokens: int, products: torch.dtype | None
+) -> None:
     specs = [Spec(8 * each.out, each.r, each.scaling, each.bias) for each in specs]
     projections = make(specs, dtype=torch.bfloat16, master=master, width=96)
     x = torch.randn(tokens, 96).bfloat16().requires_grad_()
     upstreams = upstreams_for(x, projections)
     want_outputs, want_gradients = dense(x, projections, upstreams)
-    outputs, gradients = run(adapted_projections, x, projections, upstreams)
+    outputs, gradients = run(partial(adapted_projections, products=products), x, projections, upstreams)
     plain_outputs, plain_gradients = run(adapted_projections_plain, x, projections, upstreams)
     assert {y.dtype for y in outputs} == {torch.bfloat16}
     assert gradients[0].dtype == torch.bfloat16
@@ -387,6 +394,27 @@ def test_bfloat16_is_as_exact_as_the_plain_expression(specs: list[Spec], master:
     plain_errors = norm_of_error([*plain_outputs, *plain_gradients], [*want_outputs, *want_gradients])
     for error, plain_error in zip(errors, plain_errors, strict=True):
         assert error <= 1.5 * plain_error
+
+
+@each_shared
+def test_float32_products_of_16_bit_tensors_are_rounded_once(specs: list[Spec]) -> None:
+    projections = make(specs, dtype=torch.bfloat16, master=torch.float32, width=96)
+    x = torch.randn(200, 96).bfloat16().requires_grad_()
+    upstreams = upstreams_for(x, projections)
+    want_outputs, want_gradients = dense(x, projections, upstreams)
+    outputs, gradients = run(partial(adapted_projections, products=torch.float32), x, projections, upstreams)
+    for found, want in zip([*outputs, gradients[0]], [*want_outputs, want_gradients[0]], strict=True):
+        # Half of the last of bfloat16's 8 bits; where float32's own error tips it over, a hair more.
+        assert ((found.detach().double() - want).abs() <= want.abs() * 2**-8 * 1.001 + 1e-5).all()
+    assert_all_close(gradients[1:], want_gradients[1:], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_products_keep_16_bit_tensors(dtype: torch.dtype) -> None:
+    projections = make([Spec(7, r=3), Spec(5, r=3)], dtype=dtype, master=torch.float32)
+    x = torch.randn(200, WIDTH).to(dtype).requires_grad_()
+    kept = saved_bytes(lambda: adapted_projections(x, projections, products=torch.float32), [x, *inputs_of(projections)])
+    assert kept <= 4 * 200 * 6
 
 
 # --- when a layer offers itself as a projection -----------------------------------------------------------------------
@@ -526,14 +554,15 @@ def test_gated_keeps_gates_and_up_only(dropout: float) -> None:
     assert extra <= 4 * 5 * 3 + (gates.numel() if dropout else 0)
 
 
+@each_products
 @each_gated
-def test_gated_bfloat16_is_as_exact_as_the_plain_expression(spec: Spec) -> None:
+def test_gated_bfloat16_is_as_exact_as_the_plain_expression(spec: Spec, products: torch.dtype | None) -> None:
     (projection,) = make([Spec(56, spec.r, spec.scaling, spec.bias)], dtype=torch.bfloat16, master=torch.float32, width=96)
     gates, up = (torch.randn(200, 96).bfloat16().requires_grad_() for _ in range(2))
     upstream = torch.randn(200, 56).bfloat16()
     want, want_gradients = gated_dense(gates, up, projection, upstream)
     errors = []
-    for function in (gated_projection, gated_projection_plain):
+    for function in (partial(gated_projection, products=products), gated_projection_plain):
         y = function(gates, up, projection)
         gradients = torch.autograd.grad(y, [gates, up, *factors_of([projection])], upstream)
         assert [each.dtype for each in gradients] == [torch.bfloat16] * 2 + [torch.float32] * (2 * bool(spec.r))
