@@ -3,7 +3,7 @@
 SmolLM2-135M, r=16 on all linear layers, dense batches of 4 x 512 tokens of real text, every position labelled, AdamW included.
 Each contender has a process of its own; the processes take turns, and a figure is the median over their steps. The floor is the
 time of the matrix products that no LoRA step can do without: each frozen weight once forward and once for the gradient of
-its input. The last line on stdout is one JSON document. `--rounds 1 --steps 1 --rows 1 --length 32` is the tiny run of the tests.
+its input, in the dtype this machine multiplies fast. The last line on stdout is one JSON document. `--rounds 1 --steps 1 --rows 1 --length 32` is the tiny run of the tests.
 """
 
 import argparse
@@ -261,8 +261,9 @@ def floor_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from luthier.models.fetch import pull
+    from luthier.ops.products import fast_products
 
-    dtype = dtype_of(arguments)
+    dtype = fast_products(torch.empty(1, dtype=dtype_of(arguments)))
     model = AutoModelForCausalLM.from_pretrained(pull(arguments.model), dtype=dtype)
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     num_tokens = arguments.rows * arguments.length
@@ -278,7 +279,12 @@ def floor_worker(arguments: argparse.Namespace) -> dict[str, Any]:
                     dy @ weight
             seconds.append(time.perf_counter() - began)
             cpu_seconds.append(time.process_time() - cpu)
-    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_bytes": 0, "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "seconds": seconds[1:],
+        "cpu_seconds": cpu_seconds[1:],
+        "peak_bytes": 0,
+        "dtype": str(dtype_of(arguments)).removeprefix("torch."),
+    }
 
 
 WORKERS = {

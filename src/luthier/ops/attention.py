@@ -10,6 +10,7 @@ bits a score must not be rounded before the softmax, so torch's own kernel is as
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from luthier.ops.products import fast_products
 
 BLOCK = 64
 """Queries in one block, where a document has more than twice as many tokens."""
+SCORE_BYTES = 2**21
+"""Of the scores that are there at once, where one matrix of a block needs no more."""
 LONGEST_BLOCKED = 2048
 """Above this torch's own kernel wins: it tiles keys too, so the scores stay in the cache."""
 
@@ -68,8 +71,8 @@ class _BlockedAttention(Function):
             q_gMD = _queries(group, q, k.shape[1], products).mul_(scale)
             k_gLD, v_gLD = _keys(group, k, products), _keys(group, v, products)
             o_gMD = torch.empty_like(q_gMD)
-            for rows, end in _blocks(group.length, share):
-                torch.bmm(_weights(q_gMD[:, rows], k_gLD[:, :end], share), v_gLD[:, :end], out=o_gMD[:, rows])
+            for few, rows, end in _blocks(group.length, share, q_gMD):
+                torch.bmm(_weights(q_gMD[few, rows], k_gLD[few, :end], share), v_gLD[few, :end], out=o_gMD[few, rows])
             output[group.start : group.stop] = _tokens(group, o_gMD, q)
         ctx.documents, ctx.scale, ctx.products = documents, scale, products
         ctx.save_for_backward(q, k, v, output)
@@ -87,26 +90,31 @@ class _BlockedAttention(Function):
             q_gMD.mul_(ctx.scale)
             row_sums_gM1 = o_gMD.mul_(do_gMD).sum(-1, keepdim=True)
             dq_gMD, dk_gLD, dv_gLD = torch.empty_like(q_gMD), torch.zeros_like(k_gLD), torch.zeros_like(v_gLD)
-            for rows, end in _blocks(group.length, share):
-                weights = _weights(q_gMD[:, rows], k_gLD[:, :end], share)
+            for few, rows, end in _blocks(group.length, share, q_gMD):
+                weights = _weights(q_gMD[few, rows], k_gLD[few, :end], share)
                 # Formed apart and then added: baddbmm_ into a slice goes matrix by matrix.
-                dv_gLD[:, :end] += torch.bmm(weights.mT, do_gMD[:, rows])
-                d_scores = torch.bmm(do_gMD[:, rows], v_gLD[:, :end].mT).sub_(row_sums_gM1[:, rows]).mul_(weights)
-                torch.bmm(d_scores, k_gLD[:, :end], out=dq_gMD[:, rows])
-                dk_gLD[:, :end] += torch.bmm(d_scores.mT, q_gMD[:, rows])
+                dv_gLD[few, :end] += torch.bmm(weights.mT, do_gMD[few, rows])
+                d_scores = torch.bmm(do_gMD[few, rows], v_gLD[few, :end].mT).sub_(row_sums_gM1[few, rows]).mul_(weights)
+                torch.bmm(d_scores, k_gLD[few, :end], out=dq_gMD[few, rows])
+                dk_gLD[few, :end] += torch.bmm(d_scores.mT, q_gMD[few, rows])
             dq[group.start : group.stop] = _tokens(group, dq_gMD.mul_(ctx.scale), q)
             dk[group.start : group.stop] = _tokens(group, dk_gLD, k)
             dv[group.start : group.stop] = _tokens(group, dv_gLD, v)
         return dq, dk, dv, None, None, None
 
 
-def _blocks(length: int, share: int) -> list[tuple[slice, int]]:
-    """Return (rows of the query matrix, end of the keys they see) of each block; a token has `share` rows."""
+def _blocks(length: int, share: int, q_gMD: Tensor) -> Iterator[tuple[slice, slice, int]]:
+    """Yield (which of the matrices, which of their query rows, end of the keys those see); a token has `share` rows.
+
+    As many matrices at once as keep their scores in the cache.
+    """
     block = length if length <= 2 * BLOCK else BLOCK
-    return [
-        (slice(start * share, min(start + block, length) * share), min(start + block, length))
-        for start in range(0, length, block)
-    ]
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        rows = slice(start * share, end * share)
+        count = max(1, SCORE_BYTES // ((end - start) * share * end * q_gMD.itemsize))
+        for first in range(0, len(q_gMD), count):
+            yield slice(first, first + count), rows, end
 
 
 def _weights(q_gmD: Tensor, k_geD: Tensor, share: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Chains of element-wise operations, as one pass over memory where a compiler is there and as torch's own operations where not.
+"""Chains of element-wise operations: one pass over memory where a compiler is there, torch's own operations on blocks where not.
 
 Only small kernels are compiled, each once for all layers and lengths (shapes are symbolic from the start, so the order in which
 lengths come changes nothing), and never a whole layer: the matrix products gain nothing from it.
@@ -9,14 +9,11 @@ import shutil
 import warnings
 from collections.abc import Callable
 from functools import cached_property, update_wrapper
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
 log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _is_on = False
 
@@ -37,27 +34,49 @@ def has_compiler(device: torch.device | str = "cpu") -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-class Kernel(Generic[P, R]):
-    """A function of tensors that is compiled at its first use after `use_compiler(True)`. `plain` is the function itself."""
+BLOCK_BYTES = 2**20
+"""Of the first input in one block on the CPU: what a chain forms in between stays in the cache and is never a large block."""
 
-    def __init__(self, plain: Callable[P, R]):
+
+class Kernel:
+    """A function of tensors that is compiled at its first use after `use_compiler(True)`. `plain` is the function itself.
+
+    Row i of each result must depend on row i of the inputs alone; inputs with one axis are the same for all rows.
+    """
+
+    def __init__(self, plain: Callable[..., Any]):
         self.plain = plain
         update_wrapper(self, plain)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: Any, out: torch.Tensor | None = None) -> Any:
+        """Call it; `out` is memory for the result, which is used where the result is made block by block."""
         if not _is_on:
-            return self.plain(*args, **kwargs)
+            return self._in_blocks(args, out)
         # What a graph is made anew for is kept out of it: whether someone wants gradients of this input.
         tensors: Any = [each.detach() if isinstance(each, torch.Tensor) else each for each in args]
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # inductor's own, about its own imports
-                result: R = self._compiled(*tensors, **kwargs)
-                return result
+                return self._compiled(*tensors)
         except torch._dynamo.exc.TorchDynamoException as error:  # no working compiler, or too many kinds of input in one process
             use_compiler(False)
             log.warning(f"the compiler failed ({str(error).splitlines()[0][:200]}); going on without it")
-            return self.plain(*args, **kwargs)
+            return self._in_blocks(args, out)
+
+    def _in_blocks(self, args: tuple[Any, ...], out: torch.Tensor | None) -> Any:
+        first = args[0]
+        step = max(1, BLOCK_BYTES * len(first) // max(1, first.nbytes))
+        if first.device.type != "cpu" or len(first) <= step:
+            return self.plain(*args)
+        outputs = [] if out is None else [out]
+        for start in range(0, len(first), step):
+            rows = slice(start, start + step)
+            parts: Any = self.plain(*(each[rows] if isinstance(each, torch.Tensor) and each.ndim > 1 else each for each in args))
+            parts = parts if isinstance(parts, tuple) else (parts,)
+            outputs = outputs or [part.new_empty((len(first), *part.shape[1:])) for part in parts]
+            for output, part in zip(outputs, parts, strict=True):
+                output[rows] = part
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     @cached_property
     def _compiled(self) -> Any:

@@ -5,7 +5,9 @@ Each saves its input (or nothing) and forms the rest again in the backward pass.
 Shape letters: N tokens, F features, H heads, D head width.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv:1910.07467, equation 4.
     """
-    output: Tensor = _RmsNorm.apply(x, weight, eps)
-    return output
+    output, scale = _RmsNorm.apply(x, weight, eps)
+    if output.requires_grad:
+        output.origin = Origin((x.detach(), scale, weight), _normed, output._version)
+    return cast(Tensor, output)
 
 
 @Kernel
@@ -36,6 +40,11 @@ def _rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Te
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype), scale
+
+
+@Kernel
+def _rms_norm_again(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x.to(scale.dtype) * scale).to(x.dtype)
 
 
 @Kernel
@@ -47,17 +56,41 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> 
 
 class _RmsNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y_NF, scale_N1 = _rms_norm_forward(x.reshape(-1, x.shape[-1]), weight, eps)
         ctx.save_for_backward(x, weight, scale_N1)
-        return y_NF.view_as(x)
+        ctx.mark_non_differentiable(scale_N1)
+        return y_NF.view_as(x), scale_N1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
         x, weight, scale_N1 = ctx.saved_tensors
         dx_NF = _rms_norm_backward(dy.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), scale_N1, weight)
         return dx_NF.view_as(x), None, None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a backward pass may keep instead of a tensor: `again(tensors)` is the tensor, formed anew."""
+
+    tensors: tuple[Tensor, ...]
+    again: Callable[..., Tensor]
+    version: int
+
+
+def origin_of(x: Tensor) -> Origin:
+    """Return what to keep of `x`: for a norm's output what the norm keeps anyway, else (or where it was changed since) itself."""
+    origin = getattr(x, "origin", None)
+    return origin if isinstance(origin, Origin) and origin.version == x._version else Origin((x,), _itself, x._version)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return _rms_norm_again(x.reshape(-1, x.shape[-1]), scale, weight).view_as(x)
 
 
 def rotate_plain(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.ops.elementwise import gate, gate_backward
 from luthier.ops.projection import Constants, Projection, adapted_projections_plain, project, project_back, to_parts
+from luthier.ops.scratch import scratch
 
 
 def gated_projection_plain(gates: Tensor, up: Tensor, projection: Projection) -> Tensor:
@@ -38,7 +39,7 @@ def gated_projection(gates: Tensor, up: Tensor, projection: Projection, *, produ
 class _GatedProjection(Function):
     @staticmethod
     def forward(ctx: Any, gates: Tensor, up: Tensor, constants: Any, *tensors: Tensor | None) -> Tensor:
-        x_NF = gate(gates.flatten(0, -2), up.flatten(0, -2))
+        x_NF = _gated(gates, up)
         parts = to_parts(constants, tensors, x_NF)
         (y,) = project(x_NF, parts)
         ctx.constants = constants
@@ -49,9 +50,15 @@ class _GatedProjection(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         gates, up, *tensors, h, mask = ctx.saved_tensors
-        x_NF = gate(gates.flatten(0, -2), up.flatten(0, -2))
+        x_NF = _gated(gates, up)
         parts = to_parts(ctx.constants, tensors, x_NF, [h], [mask])
         dx = project_back(x_NF, parts, [dy.flatten(0, -2)], need_dx=True)
         assert dx is not None
         d_gates, d_up = gate_backward(dx, gates.flatten(0, -2), up.flatten(0, -2))
         return d_gates.view_as(gates), d_up.view_as(up), None, None, None, parts[0].d_a, parts[0].d_b
+
+
+def _gated(gates: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gates) * up as (N, F), good until the next call."""
+    gates_NF, up_NF = gates.flatten(0, -2), up.flatten(0, -2)
+    return gate(gates_NF, up_NF, out=scratch("gated", tuple(gates_NF.shape), gates.dtype, gates.device))

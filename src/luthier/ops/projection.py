@@ -2,7 +2,8 @@
 
     y_i = x W_i^T + b_i + scaling_i * drop_i(x) A_i^T B_i^T
 
-Saved for the backward pass: x once for all of them and the rank-wide x A^T. The low-rank part is added into the base product,
+Saved for the backward pass: x once for all of them (not even that where x is a norm's output: the norm keeps its own input, from
+which x is formed again) and the rank-wide x A^T. The low-rank part is added into the base product,
 one product with all A stacked serves the whole group, and dx is summed up in one buffer.
 
 Shape letters: N tokens, I in_features, O out_features, R rank.
@@ -19,6 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.core.lora import lora_linear
+from luthier.ops.elementwise import Origin, origin_of
+from luthier.ops.scratch import scratch, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def adapted_projections(
     """
     constants = Constants(products or x.dtype, tuple((each.scaling, each.dropout) for each in projections))
     tensors = [tensor for each in projections for tensor in (each.weight, each.bias, each.lora_A, each.lora_B)]
-    outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(x, constants, *tensors)
+    outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(x, constants, origin_of(x), *tensors)
     return outputs
 
 
@@ -76,30 +79,31 @@ def merging_is_cheaper(num_tokens: int, out_features: int, in_features: int, dty
 
 class _AdaptedProjections(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, constants: "Constants", *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, constants: "Constants", origin: Origin, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
         parts = to_parts(constants, tensors, x_NI)
         outputs = project(x_NI, parts)
-        ctx.constants = constants
-        ctx.save_for_backward(x, *tensors, *(part.h for part in parts), *(part.mask for part in parts))
+        ctx.constants, ctx.again, ctx.kept = constants, origin.again, len(origin.tensors)
+        ctx.save_for_backward(*origin.tensors, *tensors, *(part.h for part in parts), *(part.mask for part in parts))
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        count = len(upstream)
+        count, saved = len(upstream), ctx.saved_tensors
+        x, saved = ctx.again(*saved[: ctx.kept]), saved[ctx.kept :]
         x_NI = x.reshape(-1, x.shape[-1])
         parts = to_parts(ctx.constants, saved[: 4 * count], x_NI, saved[4 * count : 5 * count], saved[5 * count :])
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in upstream]
         dx = project_back(x_NI, parts, dys, need_dx=ctx.needs_input_grad[0])
-        return None if dx is None else dx.view_as(x), None, *(each for part in parts for each in (None, None, part.d_a, part.d_b))
+        pairs = (each for part in parts for each in (None, None, part.d_a, part.d_b))
+        return None if dx is None else dx.view_as(x), None, None, *pairs
 
 
 def project(x_NI: Tensor, parts: Sequence["Part"]) -> list[Tensor]:
     """Return the outputs (N, O_i) in x's dtype; fills in `h` and `mask` of the parts that need them for the way back."""
     dtype, products = x_NI.dtype, parts[0].products
-    x_NI = x_NI.to(products)
+    x_NI = widened("x", x_NI, products)
     for part in parts:
         if part.lora_A is not None and part.dropout:
             # Drawn as F.dropout draws it, so that one seed drops the same; a byte a number is kept instead of a copy of x.
@@ -108,7 +112,13 @@ def project(x_NI: Tensor, parts: Sequence["Part"]) -> list[Tensor]:
     _share_h([part for part in parts if part.lora_A is not None and part.mask is None and not part.is_merged], x_NI)
     outputs = []
     for part in parts:
-        y = F.linear(x_NI, part.used_weight(), None if part.bias is None else part.bias.to(products))
+        if dtype == products:
+            y = F.linear(x_NI, part.used_weight(), part.bias)
+        else:
+            y = scratch("y", (len(x_NI), len(part.weight)), products, x_NI.device)
+            torch.mm(x_NI, part.used_weight().T, out=y)
+            if part.bias is not None:
+                y += part.bias
         if part.h is not None:
             y.addmm_(part.h, part.b().T)
         outputs.append(y.to(dtype))
@@ -118,11 +128,14 @@ def project(x_NI: Tensor, parts: Sequence["Part"]) -> list[Tensor]:
 def project_back(x_NI: Tensor, parts: Sequence["Part"], dys: Sequence[Tensor], *, need_dx: bool) -> Tensor | None:
     """Return dx (N, I) if it is needed; fills in `d_a` and `d_b` of the parts with a pair."""
     dtype, products = x_NI.dtype, parts[0].products
-    x_NI, dys = x_NI.to(products), [dy_NO.to(products) for dy_NO in dys]
+    x_NI = widened("x", x_NI, products)
+    dys = [widened(f"dy {index}", dy_NO, products) for index, dy_NO in enumerate(dys)]
     dx: Tensor | None = None
     if need_dx:
-        for part, dy_NO in zip(parts, dys, strict=True):
-            dx = dy_NO @ part.used_weight() if dx is None else dx.addmm_(dy_NO, part.used_weight())
+        # What is rounded afterwards is needed for a moment only.
+        dx = x_NI.new_empty(x_NI.shape) if dtype == products else scratch("dx", tuple(x_NI.shape), products, x_NI.device)
+        for index, (part, dy_NO) in enumerate(zip(parts, dys, strict=True)):
+            torch.addmm(dx, dy_NO, part.used_weight(), beta=int(index > 0), out=dx)
     _share_h([part for part in parts if part.is_merged], x_NI)
     sharing, d_hs = [], []
     for part, dy_NO in zip(parts, dys, strict=True):
@@ -192,9 +205,12 @@ class Part:
         return (self.lora_B * self.scaling).to(self.products)
 
     def used_weight(self) -> Tensor:
-        """weight, or weight + scaling * B A where that is cheaper, (O, I); what is formed here is not kept."""
-        weight = self.weight.to(self.products)
-        return torch.addmm(weight, self.b(), self.a()) if self.is_merged else weight
+        """weight, or weight + scaling * B A where that is cheaper, (O, I); good until the next call of any part."""
+        weight = widened("weight", self.weight, self.products)
+        if not self.is_merged:
+            return weight
+        merged = scratch("merged", tuple(weight.shape), self.products, weight.device)
+        return torch.addmm(weight, self.b(), self.a(), out=merged)
 
     def dropped(self, x_NI: Tensor) -> Tensor:
         """What the pair sees of x, (N, I)."""
