@@ -3,7 +3,8 @@
 SmolLM2-135M, r=16 on all linear layers, dense batches of 4 x 512 tokens of real text, every position labelled, AdamW included.
 Each contender has a process of its own; the processes take turns, and a figure is the median over their steps. The floor is the
 time of the matrix products that no LoRA step can do without: each frozen weight once forward and once for the gradient of
-its input, in the dtype this machine multiplies fast. The last line on stdout is one JSON document. `--rounds 1 --steps 1 --rows 1 --length 32` is the tiny run of the tests.
+its input, in the dtype this machine multiplies fast. The last line on stdout is one JSON document.
+`--rounds 1 --steps 1 --rows 1 --length 32` is the tiny run of the tests.
 """
 
 import argparse

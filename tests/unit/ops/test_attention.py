@@ -141,8 +141,10 @@ def test_gradcheck(lengths: tuple[int, ...], share: int) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: document_attention(q, k, v, documents, 0.5), tuple(tensors))
 
 
-def test_gradcheck_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("score_bytes", [1, 8 * 6 * 7 * 2, 2**21])
+def test_gradcheck_over_several_blocks(monkeypatch: pytest.MonkeyPatch, score_bytes: int) -> None:
     monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
     lengths = (7, 6, 5, 1)
     documents, tensors = Documents(lengths), make(lengths, 3, width=3)
     assert torch.autograd.gradcheck(lambda q, k, v: document_attention(q, k, v, documents, 0.5), tuple(tensors), fast_mode=True)

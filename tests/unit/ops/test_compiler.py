@@ -10,6 +10,7 @@ from torch import Tensor
 from luthier.ops import compiler
 from luthier.ops.compiler import Kernel, has_compiler, use_compiler
 from luthier.ops.elementwise import (
+    _rms_norm_again,
     _rms_norm_backward,
     _rms_norm_forward,
     _rotate,
@@ -40,13 +41,17 @@ def inputs_for(name: str, tokens: int) -> tuple[object, ...]:
     if name.startswith("_rms_norm"):
         x, weight = torch.randn(1, tokens, 48), torch.randn(48)
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
-        return (x, weight, 1e-5) if name == "_rms_norm_forward" else (torch.randn_like(x), x, scale, weight)
+        return {
+            "_rms_norm_forward": (x, weight, 1e-5),
+            "_rms_norm_again": (x, scale, weight),
+            "_rms_norm_backward": (torch.randn_like(x), x, scale, weight),
+        }[name]
     if name.startswith("_rotate"):
         return torch.randn(tokens, 3, 16), torch.randn(tokens, 16), torch.randn(tokens, 16)
     return tuple(torch.randn(1, tokens, 40) for _ in range(2 if name == "gate" else 3))
 
 
-KERNELS = [_rms_norm_forward, _rms_norm_backward, _rotate, _rotate_back, gate, gate_backward]
+KERNELS = [_rms_norm_forward, _rms_norm_again, _rms_norm_backward, _rotate, _rotate_back, gate, gate_backward]
 
 
 def test_a_kernel_is_its_function_until_it_is_asked_to_be_more() -> None:
@@ -63,6 +68,26 @@ def test_a_kernel_is_its_function_until_it_is_asked_to_be_more() -> None:
     assert doubled.__name__ == "doubled" and doubled.__doc__ == "Twice x."
     assert torch.equal(doubled.plain(torch.ones(2)), doubled(torch.ones(2)))
     assert "_compiled" not in vars(doubled)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_block_by_block_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    tokens = 48  # as many as a norm has features: what goes by rows is told by axes, not by size
+    arguments = [each.squeeze(0) if isinstance(each, Tensor) else each for each in inputs_for(kernel.__name__, tokens)]
+    wanted = kernel.plain(*arguments)
+    for rows in (1, 5, 47, 48, 1000):
+        monkeypatch.setattr(compiler, "BLOCK_BYTES", rows * arguments[0][0].nbytes)
+        found = kernel(*arguments)
+        pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
+        for each, want in pairs:  # not bit by bit: the last few of a block are not computed in vectors
+            torch.testing.assert_close(each, want, rtol=1e-6, atol=1e-6)
+
+
+def test_blocks_are_written_where_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "BLOCK_BYTES", 3 * 4 * 5)
+    gates, up, out = torch.randn(10, 5), torch.randn(10, 5), torch.empty(10, 5)
+    assert gate(gates, up, out=out) is out
+    assert torch.equal(out, gate.plain(gates, up))
 
 
 def test_without_programs_there_is_no_compiler(no_path: None) -> None:

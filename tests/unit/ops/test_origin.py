@@ -1,0 +1,73 @@
+"""What a projection keeps of a norm's output: nothing of its own, and the gradients are those of the plain expressions."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from luthier.ops.elementwise import rms_norm, rms_norm_plain
+from luthier.ops.projection import Projection, adapted_projections, adapted_projections_plain
+
+N, I, O, R = 11, 13, 7, 3  # noqa: E741  the letters of the shapes
+
+
+def made(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, list[Projection], list[Tensor]]:
+    """Return x, a norm's weight, two projections, and everything that gets a gradient."""
+    x = torch.randn(1, N, I, dtype=dtype, requires_grad=True)
+    pairs = [[torch.randn(R, I).to(dtype).requires_grad_(), torch.randn(O, R).to(dtype).requires_grad_()] for _ in range(2)]
+    projections = [Projection(torch.randn(O, I).to(dtype), None, *pair, scaling=0.5) for pair in pairs]
+    return x, torch.rand(I).to(dtype) + 0.5, projections, [x, *pairs[0], *pairs[1]]
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def fast(x: Tensor, weight: Tensor, projections: list[Projection]) -> Tensor:
+    return sum((y * y).sum() for y in adapted_projections(rms_norm(x, weight, 1e-5), projections))
+
+
+def plain(x: Tensor, weight: Tensor, projections: list[Projection]) -> Tensor:
+    return sum((y * y).sum() for y in adapted_projections_plain(rms_norm_plain(x, weight, 1e-5), projections))
+
+
+def test_gradients_behind_a_norm_are_those_of_the_plain_expression() -> None:
+    x, weight, projections, leaves = made()
+    wanted = gradients(plain(x, weight, projections), leaves)
+    for found, want in zip(gradients(fast(x, weight, projections), leaves), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_under_checkpointing_are_the_same_bits() -> None:
+    x, weight, projections, leaves = made()
+    wanted = gradients(fast(x, weight, projections), leaves)
+    again = gradients(checkpoint(fast, x, weight, projections, use_reentrant=False), leaves)
+    assert all(torch.equal(found, want) for found, want in zip(again, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norms_output_is_not_kept(dtype: torch.dtype) -> None:
+    x, weight, projections, _ = made(dtype)
+    kept: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        normed = rms_norm(x, weight, 1e-5)
+        outputs = adapted_projections(normed, projections)
+    assert normed.untyped_storage().data_ptr() not in kept
+    assert x.untyped_storage().data_ptr() in kept
+    assert outputs[0].requires_grad
+
+
+def test_a_norms_output_that_was_changed_since_is_kept_as_it_is() -> None:
+    x, weight, projections, leaves = made()
+    normed = rms_norm(x, weight, 1e-5)
+    normed.detach().mul_(2.0)
+    loss = sum((y * y).sum() for y in adapted_projections(normed, projections))
+    doubled = (2.0 * rms_norm_plain(x, weight, 1e-5)).detach()
+    wanted = gradients(sum((y * y).sum() for y in adapted_projections_plain(doubled, projections)), leaves[1:])
+    for found, want in zip(gradients(loss, leaves[1:]), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-12)
