@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     output, scale = _RmsNorm.apply(x, weight, eps)
     if output.requires_grad:
-        output.origin = Origin((x.detach(), scale, weight), _normed, output._version)
+        output.origin = Origin((x.detach(), scale, weight), _normed)
     return cast(Tensor, output)
 
 
@@ -76,13 +76,15 @@ class Origin:
 
     tensors: tuple[Tensor, ...]
     again: Callable[..., Tensor]
-    version: int
 
 
 def origin_of(x: Tensor) -> Origin:
-    """Return what to keep of `x`: for a norm's output what the norm keeps anyway, else (or where it was changed since) itself."""
+    """Return what to keep of `x`: for a norm's output what the norm keeps anyway, else `x` itself.
+
+    A norm's output cannot have been changed since: autograd refuses that for what a node of several outputs returned.
+    """
     origin = getattr(x, "origin", None)
-    return origin if isinstance(origin, Origin) and origin.version == x._version else Origin((x,), _itself, x._version)
+    return origin if isinstance(origin, Origin) else Origin((x,), _itself)
 
 
 def _itself(x: Tensor) -> Tensor:
