@@ -66,6 +66,10 @@ def test_a_norms_output_is_not_kept(dtype: torch.dtype) -> None:
 def test_a_norms_output_cannot_be_changed_unnoticed(behind_its_back: bool) -> None:
     x, weight, projections, _ = made()
     normed = rms_norm(x, weight, 1e-5)
-    with pytest.raises(RuntimeError, match="inplace"):
+
+    def change_and_use() -> None:
         (normed.detach() if behind_its_back else normed).mul_(2.0)
         adapted_projections(normed, projections)
+
+    with pytest.raises(RuntimeError, match="inplace"):
+        change_and_use()
