@@ -1,7 +1,7 @@
 """Does memory grow with the tokens and no faster, and does the preflight know it beforehand?
 
 Part one trains a few steps on one row of 512, 1,024, 2,048 and 4,096 tokens and plots the peak resident memory against the
-length. Part two does the same in five named settings (method, length, rows, checkpointing, dtype and kernels vary). Everywhere
+length. Part two does the same in six named settings (method, length, rows, checkpointing, dtype and kernels vary). Everywhere
 the preflight's estimates of memory and time stand beside what was measured. Each setting has a process of its own. The last
 line on stdout is one JSON document. `--lengths 16 32 --only short --steps 2` is the tiny run of the tests.
 """
@@ -24,7 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "long": {"rows": 1, "length": 3000, "train": {"gradient_checkpointing": True}},
     "queries_and_values": {"rows": 4, "length": 512, "lora": QUERIES | {"lora_dropout": 0.05}},
     "rank_64_rslora": {"rows": 2, "length": 700, "lora": ALL | {"r": 64, "use_rslora": True}},
-    "plain_bfloat16": {"rows": 2, "length": 128, "dtype": "bfloat16", "train": {"kernels": "plain"}},
+    "bfloat16": {"rows": 4, "length": 512, "dtype": "bfloat16"},
+    "plain_kernels": {"rows": 2, "length": 256, "train": {"kernels": "plain"}},
 }
 
 

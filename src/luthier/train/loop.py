@@ -29,6 +29,7 @@ from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
 from luthier.ops.compiler import use_compiler
+from luthier.ops.scratch import release_scratch
 from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory, settle_allocator
 from luthier.train.prepare import ADAPTER, Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
@@ -140,6 +141,7 @@ class Trainer:
             self.model.eval()
             unfuse(self.model)
             use_compiler(False)
+            release_scratch()
         return "finished"
 
     def save(self) -> None:
