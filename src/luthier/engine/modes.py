@@ -20,6 +20,8 @@ def evaluating(model: "nn.Module") -> "Iterator[None]":
     """
     import torch
 
+    from luthier.ops.scratch import release_scratch
+
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -28,3 +30,4 @@ def evaluating(model: "nn.Module") -> "Iterator[None]":
     finally:
         for module, was_training in before:
             module.training = was_training
+        release_scratch()
