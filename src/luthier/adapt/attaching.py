@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
-import torch
 from torch import Tensor, nn
 
 from luthier.adapt.fusing import unfuse
@@ -12,7 +11,9 @@ from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapted_modules, adapter_parameters, adapter_prefixes, check_whole, find_roster, roster_of
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError, AdapterStateError
+from luthier.core.inits import start_of
 from luthier.core.lora import init_embedding_pair, init_linear_pair
+from luthier.core.methods import keeps_start
 from luthier.core.names import check_adapter_name
 from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, restore, whole_bias, whole_copy
 from luthier.layers.pair import LoraPair
@@ -25,18 +26,22 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
     """Put a fresh, trainable adapter into `model`'s layers, freeze the base, and return what was done.
 
     The first adapter of a model becomes active; later ones stay silent until `activate`. The model's output does not
-    change (lora_B is zero). Modules keep their names, their place and their `isinstance`; only their class changes.
+    change: lora_B is zero, or what the pair begins with is subtracted. Modules keep their names, their place and their
+    `isinstance`; only their class changes.
 
     Raises: TargetError, AdapterNameError (nothing was touched then), AdapterStateError while merged.
     """
     return install(model, plan(model, config), name, _fresh_pair)
 
 
-PairMaker = Callable[[AttachPlan, PlannedLayer, torch.device], tuple[Tensor, Tensor]]
+PairMaker = Callable[[AttachPlan, PlannedLayer, Tensor], tuple[Tensor, Tensor]]
 
 
 def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
-    """Carry out a plan: attach `name` with the pairs (lora_A, lora_B in float32) that `make_pair` returns for each layer."""
+    """Carry out a plan: attach `name` with the pairs (lora_A, lora_B in float32) that `make_pair` returns for each layer.
+
+    It is given the plan, the layer and the layer's own weight.
+    """
     if planned.saved:
         unfuse(model)  # a fused block calls its parts itself and would pass by one that is replaced as a whole
     roster = find_roster(model)
@@ -71,14 +76,20 @@ def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMak
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
-    lora_A, lora_B = make_pair(planned, layer, cast(Tensor, module.weight).device)
+    lora_A, lora_B = make_pair(planned, layer, cast(Tensor, module.weight))
+    start = (lora_A.clone(), lora_B.clone()) if keeps_start(planned.config.init_lora_weights) else None
     bias = whole_bias(module) if layer.trains_bias else None
-    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias).train(module.training)
+    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias, start).train(module.training)
 
 
-def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:
-    init = init_embedding_pair if layer.kind.word == "embedding" else init_linear_pair
-    return init(layer.r, layer.in_features, layer.out_features, planned.config.init_lora_weights, device)
+def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    init, sizes = planned.config.init_lora_weights, (layer.r, layer.in_features, layer.out_features)
+    if layer.kind.word == "embedding":
+        return init_embedding_pair(*sizes, init, weight.device)
+    if isinstance(init, str) and keeps_start(init):
+        init_linear_pair(*sizes, False, weight.device)  # PEFT draws these numbers first, so the seed's next ones are the same
+        return start_of(init, weight.T if layer.kind.word == "conv1d" else weight, layer.r, layer.scaling)
+    return init_linear_pair(*sizes, init, weight.device)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

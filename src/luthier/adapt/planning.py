@@ -10,6 +10,7 @@ from luthier.adapt.state import adapter_prefixes
 from luthier.core.config import ALL_LINEAR, LoraConfig
 from luthier.core.errors import TargetError, did_you_mean
 from luthier.core.lora import lora_scaling
+from luthier.core.methods import keeps_start, why_no_start
 from luthier.core.names import block_index, is_inside_saved, is_saved_whole, is_target, matches_any, matches_name, pattern_value
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_not
@@ -90,6 +91,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
         else:
             layers.append(_planned(config, path, module, kind))
     faults += _unmatched(config, modules)
+    faults += _without_start(config, layers)
     biases = {}
     if config.bias == "all":
         paired = {layer.path for layer in layers}
@@ -157,6 +159,16 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     trains_bias = config.bias != "none" and getattr(module, "bias", None) is not None
     scaling = lora_scaling(r, lora_alpha, config.use_rslora)
     return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias)
+
+
+def _without_start(config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
+    """Say which layers cannot begin as init_lora_weights asks."""
+    init = config.init_lora_weights
+    for layer in layers:
+        if layer.kind.word == "embedding" and keeps_start(init):
+            yield f"{layer.path}: init '{init}' is for linear layers, this is an embedding; leave it out or use init True"
+        elif reason := why_no_start(init, layer.r, layer.in_features, layer.out_features):
+            yield f"{layer.path}: {reason}"
 
 
 def _unmatched(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:

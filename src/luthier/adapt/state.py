@@ -84,6 +84,12 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[Adap
                 yield AdapterParameter(path, "whole", parameter, key=key)
 
 
+def pairs_with_start(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
+    """Return path -> pair for the pairs of the adapter `name` that keep what they began with."""
+    pairs = {path: cast(LoraPair, module.lora[name]) for path, module in adapted_modules(model) if name in module.lora}
+    return {path: pair for path, pair in pairs.items() if pair.has_start}
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of the base's own parameters: adapters left out, merged weights as they were before the merge.
 

@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from luthier.core.errors import did_you_mean
+from luthier.core.methods import INIT_NAMES, is_known_init
 from luthier.core.settings import Settings
 
 ALL_LINEAR = "all-linear"
@@ -31,8 +33,10 @@ class LoraConfig(Settings):
         "none", description="train the biases of no layer, of every layer, or of the adapted layers"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
-    init_lora_weights: bool | Literal["gaussian"] = Field(
-        True, description="True: kaiming-uniform A, zero B; 'gaussian': normal A with std 1/r, zero B; False: both random"
+    init_lora_weights: bool | str = Field(
+        True,
+        description="True: kaiming-uniform A, zero B; 'gaussian': normal A with std 1/r, zero B; False: both random; "
+        "'orthogonal', 'olora', 'pissa', 'pissa_niter_<number>': see `luthier methods`",
     )
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="regular expression -> r for matching layers")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="regular expression -> lora_alpha")
@@ -42,6 +46,15 @@ class LoraConfig(Settings):
     task_type: str | None = Field(None, description="PEFT's task type; kept for the file")
     base_model_name_or_path: str | None = Field(None, description="where the base came from; informational")
     revision: str | None = Field(None, description="revision of the base; informational")
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _init_is_known(cls, init: bool | str) -> bool | str:
+        if not is_known_init(init):
+            raise ValueError(
+                f"there is no such init.{did_you_mean(str(init), INIT_NAMES)} Known: true, false, {', '.join(INIT_NAMES)}"
+            )
+        return init
 
     @field_validator("rank_pattern")
     @classmethod

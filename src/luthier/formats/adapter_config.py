@@ -53,6 +53,18 @@ _IGNORED = {*_INFORMATIONAL, "runtime_config", "enable_lora"}
 _SPENT_INITS = ("orthogonal", "eva")
 
 
+def converted_config(config: LoraConfig) -> LoraConfig:
+    """Return the configuration of the plain adapter equal to one whose pairs keep a start: twice the rank, the same scaling."""
+    times = math.sqrt(2) if config.use_rslora else 2.0  # alpha / r, or alpha / sqrt(r), stays what it is
+    return config.changed(
+        r=2 * config.r,
+        lora_alpha=times * config.lora_alpha,
+        rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+        alpha_pattern={key: times * alpha for key, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
 def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mapping: dict[str, str] | None = None) -> str:
     """Return the text of adapter_config.json."""
     values = _UNUSED | _INFORMATIONAL | config.model_dump()
@@ -82,7 +94,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
         raise AdapterFormatError(f"{where} has peft_type {data['peft_type']!r}; this version of luthier reads LORA")
     used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {}, [])}
     init = data.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:
+    if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:  # PEFT's base is another one then
         used["init_lora_weights"] = init
     if used:
         listed = ", ".join(f"{key}={value!r}" for key, value in used.items())

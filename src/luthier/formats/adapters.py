@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from luthier import __version__
 from luthier.adapt.attaching import install, set_trainable
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
-from luthier.adapt.state import adapter_parameters, base_parameters, roster_of
+from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start, roster_of
 from luthier.adapt.switching import disabled
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterFormatError, AdapterMismatchError, BaseMismatchError, TargetError
+from luthier.core.methods import keeps_start
 from luthier.core.names import is_target, matches_name
-from luthier.formats.adapter_config import dump_config
+from luthier.formats.adapter_config import converted_config, dump_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
 from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, whole_key
 from luthier.layers.base import own_parameters
+from luthier.layers.kinds import layer_kind
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,9 @@ def save_adapter(
     """Write the adapter `name` to the folder `path` in PEFT's format, with its base's fingerprint and `recipe` beside it.
 
     `base` saves computing the fingerprint where it is known. `save_embedding_layers` adds the base's own table for adapted
-    embeddings, as PEFT does by default; it is large, and only PEFT's check of it needs it.
+    embeddings, as PEFT does by default; it is large, and only PEFT's check of it needs it. An adapter whose pairs keep what they
+    began with (pissa, olora, orthogonal) is written as the plain adapter of twice the rank that it equals on the same base, and
+    the recipe says so.
     Raises: AdapterStateError, StorageError (an adapter that was there before is intact), AdapterFormatError (not finite).
     """
     config = roster_of(model).configs.get(name)
@@ -64,12 +68,18 @@ def save_adapter(
     if save_embedding_layers:
         tensors |= _own_tables(model, name)
     config = _with_base_name(model, config)
+    converted = {}
+    if keeps_start(config.init_lora_weights):
+        converted = {
+            "converted": {"init_lora_weights": config.init_lora_weights, "r": config.r, "form": "[B | B-B0] [A-A0 ; A0]"}
+        }
+        config = converted_config(config)
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config_text = dump_config(config, fan_in_fan_out="conv1d" in kinds, auto_mapping=None if config.task_type else mapping)
     note = {
         "luthier": __version__,
         "base": (base or fingerprint_of(model)).model_dump(mode="json"),
-        "recipe": recipe or {},
+        "recipe": (recipe or {}) | converted,
         "metrics": metrics or {},
     }
     return write_adapter(path, config_text, tensors, model_card(config, metrics or {}), note)
@@ -77,7 +87,19 @@ def save_adapter(
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Return the adapter's tensors under their names on disk, as detached copies on the CPU."""
-    return {item_key(item): item.parameter.detach().to("cpu", copy=True) for item in adapter_parameters(model, name)}
+    tensors = {item_key(item): item.parameter for item in adapter_parameters(model, name)} | _with_start(model, name)
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+
+def _with_start(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the pairs that keep a start, as the plain pairs of twice the rank that they equal."""
+    found: dict[str, Tensor] = {}
+    for path, pair in pairs_with_start(model, name).items():
+        kind = layer_kind(model.get_submodule(path))
+        assert kind is not None  # it carries a pair
+        lora_A, lora_B = pair.factors()
+        found |= {pair_key(path, "lora_A", kind.word): lora_A, pair_key(path, "lora_B", kind.word): lora_B}
+    return found
 
 
 def _own_tables(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -107,17 +129,15 @@ def load_adapter(
     """
     folder = read_adapter(path, allow_pickle=allow_pickle)
     tensors = {key: folder.tensors[found] for found, key in canonical_keys(folder.tensors).items()}
-    trained_on = _trained_on(folder)
-    described = f"adapter '{folder.path.name}' (trained on {_base_name(folder)})"
+    described = _described(folder)
     # The wrong base is the better explanation where both are wrong, but which tensors do not fit says it most exactly.
     planned = _fitting_plan(model, folder.config, tensors, described)
-    verdict = compare(trained_on, fingerprint_of(model))
-    _judge(verdict, described, force)
+    verdict = check_base(model, folder, force=force)
 
-    def stored_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:
+    def stored_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
         return (
-            _master(tensors[pair_key(layer.path, "lora_A", layer.kind.word)], device),
-            _master(tensors[pair_key(layer.path, "lora_B", layer.kind.word)], device),
+            _master(tensors[pair_key(layer.path, "lora_A", layer.kind.word)], weight.device),
+            _master(tensors[pair_key(layer.path, "lora_B", layer.kind.word)], weight.device),
         )
 
     install(model, planned, name, stored_pair)
@@ -127,6 +147,13 @@ def load_adapter(
                 item.parameter.copy_(tensors[item_key(item)])
     set_trainable(model, name, trainable)
     return LoadReport(name, planned, verdict, folder)
+
+
+def check_base(model: nn.Module, folder: AdapterFolder, *, force: bool = False) -> Comparison:
+    """Return how `model`'s base compares with the one an adapter was trained on. Raises: BaseMismatchError unless `force`."""
+    verdict = compare(_trained_on(folder), fingerprint_of(model))
+    _judge(verdict, _described(folder), force)
+    return verdict
 
 
 def fingerprint_of(model: nn.Module) -> Fingerprint:
@@ -230,6 +257,10 @@ def _with_base_name(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if config.base_model_name_or_path or not name:
         return config
     return LoraConfig(**(dict(config) | {"base_model_name_or_path": str(name)}))
+
+
+def _described(folder: AdapterFolder) -> str:
+    return f"adapter '{folder.path.name}' (trained on {_base_name(folder)})"
 
 
 def _base_name(folder: AdapterFolder) -> str:

@@ -31,7 +31,7 @@ def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
         "tensors": f"{len(folder.tensors)} in {', '.join(dtypes)}",
         "trained by": f"luthier {note['luthier']}" if "luthier" in note else "",
         "metrics": note.get("metrics") or {},
-        "recipe": {key: recipe[key] for key in ("step", "data", "train") if key in recipe},
+        "recipe": {key: recipe[key] for key in ("step", "data", "train", "converted") if key in recipe},
         "config": config.model_dump(mode="json"),
         "layers": _layers(folder),
     }

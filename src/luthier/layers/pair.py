@@ -1,5 +1,6 @@
 """LoraPair: the trained numbers of one adapter in one layer."""
 
+import torch
 from torch import Tensor, nn
 
 from luthier.core.lora import lora_delta
@@ -8,16 +9,30 @@ from luthier.core.lora import lora_delta
 class LoraPair(nn.Module):
     """lora_A (R, I) and lora_B (O, R) in float32, their scaling, and the layer's own bias (O,) where the adapter trains it.
 
-    For an embedding I is the number of rows of the table.
+    For an embedding I is the number of rows of the table. `start` is the (A0, B0) that a pair begins with and whose product is
+    subtracted (`luthier.core.inits`); they are not trained.
     """
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None):
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
+    ):
         super().__init__()
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = scaling
+        self.register_buffer("start_A", start and start[0])
+        self.register_buffer("start_B", start and start[1])
 
     @property
     def r(self) -> int:
@@ -28,9 +43,26 @@ class LoraPair(nn.Module):
         """The share of x that is dropped now: 0 outside training."""
         return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
 
+    @property
+    def has_start(self) -> bool:
+        return self.start_A is not None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the (A, B) whose product is the update: the trained ones, or those of twice the rank with the start subtracted.
+
+        [A - A0 ; A0] and [B | B - B0]: the small differences are taken here, in float32, before anything is cast down.
+        """
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return (
+            torch.cat([self.lora_A - self.start_A, self.start_A]),
+            torch.cat([self.lora_B, self.lora_B - self.start_B], dim=1),
+        )
+
     def delta(self) -> Tensor:
         """Return the dense update (O, I), in float32 or wider."""
-        return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+        lora_A, lora_B = self.factors()
+        return lora_delta(lora_A.detach(), lora_B.detach(), self.scaling)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, scaling={self.scaling:g}"

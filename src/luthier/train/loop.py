@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from luthier.adapt.fusing import fuse, fusion_of, unfuse
-from luthier.adapt.state import adapter_parameters
+from luthier.adapt.state import adapter_parameters, pairs_with_start
 from luthier.core.errors import CheckpointError, TrainingError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.data.encode import UNLABELLED
@@ -84,6 +84,7 @@ class Trainer:
         self.model = prepared.base.model
         self.items = list(adapter_parameters(self.model, ADAPTER))
         self.parameters = [item.parameter for item in self.items]
+        self.started = pairs_with_start(self.model, ADAPTER)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=self.settings.learning_rate,
@@ -150,6 +151,8 @@ class Trainer:
             return
         self.progress.num_threads = torch.get_num_threads()
         state = {f"{name}.{index:05d}": value for index, name, value in self._moments()}
+        # An adapter folder holds the update of such a pair, from which its factors cannot be had back bit for bit.
+        state |= {f"pair.{path}.{key}": value for path, pair in self.started.items() for key, value in pair.state_dict().items()}
         self.folder.save_checkpoint(self.progress, state | random_state(), self.write_adapter)
         self.saved_step = self.progress.step
 
@@ -183,6 +186,8 @@ class Trainer:
                 self.optimizer.state[parameter] = {
                     name: value if name == "step" else value.to(parameter.device) for name, value in moments.items()
                 }
+        if self.started:
+            self._take_adapter(progress.step)
         restore_random_state(state)
         self.progress, self.saved_step = progress, progress.step
         self.folder.cut_log(progress.step)
@@ -198,11 +203,18 @@ class Trainer:
         best = self.progress.best_step
         if not best or best == self.progress.step:
             return
-        stored = read_adapter(self.folder.step_folder(best) / "adapter").tensors
+        self._take_adapter(best)
+        self.adapter_step = best
+
+    def _take_adapter(self, step: int) -> None:
+        """Put the adapter of a checkpoint into the model."""
+        stored, state = read_adapter(self.folder.step_folder(step) / "adapter").tensors, self.folder.optimizer_state(step)
         with torch.no_grad():
             for item in self.items:
-                item.parameter.copy_(stored[item_key(item)])
-        self.adapter_step = best
+                if item.role == "whole" or item.path not in self.started:
+                    item.parameter.copy_(stored[item_key(item)])
+        for path, pair in self.started.items():
+            pair.load_state_dict({key: state[f"pair.{path}.{key}"] for key in pair.state_dict()})
 
     def micro_batch(self, indices: list[int]) -> Batch | PackedBatch:
         """Return the rows with these indices as one batch, packed or padded as the run has it."""

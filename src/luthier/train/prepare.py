@@ -13,14 +13,16 @@ from luthier.adapt.fusing import Fusion, fuse
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError, ModelError
+from luthier.core.methods import keeps_start
 from luthier.data.batches import split_rows
 from luthier.data.encode import EncodedSet, encode
 from luthier.data.formats import sniff_format
 from luthier.data.messages import Example, to_examples
 from luthier.data.read import read_rows
 from luthier.engine.score import can_take_packed
-from luthier.formats.adapters import fingerprint_of, load_adapter
+from luthier.formats.adapters import check_base, fingerprint_of, load_adapter
 from luthier.formats.fingerprint import Fingerprint
+from luthier.formats.folder import read_adapter
 from luthier.models.load import LoadedModel, load_model
 from luthier.train.schedule import Step, plan_steps
 from luthier.train.settings import DataSettings, RunSettings
@@ -72,6 +74,10 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     rows = read_and_encode(settings.data, base.tokenizer, settings.train.seed)
     check_rows_fit(rows, base.model)
     lora = named_base(settings.lora, base)
+    if adapter is not None and keeps_start(lora.init_lora_weights):
+        # Its folder holds a plain adapter; the factors it is trained by, and began with, come from the checkpoint (`restore`).
+        check_base(base.model, read_adapter(adapter))
+        adapter = None
     if adapter is None:
         torch.manual_seed(settings.train.seed)
         planned = attach(base.model, lora, ADAPTER)

@@ -121,6 +121,10 @@ class RunFolder:
             )
         return progress, load(raw), last / "adapter"
 
+    def optimizer_state(self, step: int) -> dict[str, Tensor]:
+        """Return the tensors by name that were saved beside the adapter of a checkpoint."""
+        return load((self.step_folder(step) / "optimizer.safetensors").read_bytes())
+
     def step_folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 

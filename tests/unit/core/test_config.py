@@ -26,7 +26,7 @@ def test_defaults_are_valid_and_nothing_can_be_changed() -> None:
         ({"lora_alpha": math.nan}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout.*less than 1"),
         ({"bias": "some"}, "bias.*none"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pizza"}, "init_lora_weights"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.*at least 1"),
         ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.*positive"),
         ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern.*finite"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny_run import write_rows
 
 from luthier.adapt import fusing
@@ -100,6 +101,44 @@ def test_a_run_resumed_again_and_again_ends_with_the_same_bits(run_settings: Mak
             trainer.run()
     resume(cut)
     assert outcome(cut) == outcome(whole_run)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_2", "orthogonal"])
+def test_what_pairs_began_with_is_taken_up_from_the_checkpoint(init: str, run_settings: Make) -> None:
+    """Their start is not worked out again: another number of threads, or another seed, would give another one."""
+    began = {
+        "lora": {"r": 4, "lora_dropout": 0.2, "init_lora_weights": init, "modules_to_save": ["norm"]},
+        "train": LIVELY["train"],
+    }
+    whole = run_settings(out="whole", **began)
+    train(whole)
+    cut = crashed_run(run_settings(out="cut", **began), 4)
+    folder, settings = RunFolder.open(cut)
+    found = folder.load_checkpoint()
+    assert found is not None
+    trainer = Trainer(prepare(settings, adapter=found[2]), folder)
+    with torch.no_grad():
+        for item in trainer.items:
+            item.parameter.normal_()
+        for pair in trainer.started.values():
+            pair.start_A.normal_()
+            pair.start_B.normal_()
+    trainer.restore(found[0], found[1])
+    assert trainer.run() == "finished"
+    trainer.take_best()
+    trainer.write_adapter(folder.adapter, {"eval_loss": trainer.progress.best_loss})
+    assert outcome(cut) == outcome(Path(whole.out))
+
+
+def test_a_start_is_resumed_on_its_own_base_only(run_settings: Make, tiny_folder: Path, tmp_path: Path) -> None:
+    cut = crashed_run(run_settings(lora={"r": 4, "init_lora_weights": "pissa"}, train=LIVELY["train"]), 2)
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    text = (cut / "config.toml").read_text()
+    (cut / "config.toml").write_text(text.replace(str(tiny_folder), str(other)))
+    with pytest.raises(BaseMismatchError):
+        resume(cut)
 
 
 def test_a_run_that_lost_its_end_after_an_early_stop_goes_no_step_further(run_settings: Make) -> None:

@@ -1,0 +1,71 @@
+"""How a pair may begin, beyond random A and zero B: orthogonal, olora, pissa. Equations of the starts, in plain torch.
+
+In all three the pair begins at B0 A0 != 0, and what is learnt is the difference from there:
+
+    h = W x + scaling * (B A - B0 A0) x        which is (W - scaling * B0 A0) x + scaling * B A x
+
+Their authors write the residual W - scaling * B0 A0 into the base. Here W stays what it is, and the pair keeps A0 and B0
+(docs/decisions/009-starts-are-kept-in-the-pair.md). With A0 and B0 the update is one pair of twice the rank:
+
+    B A - B0 A0 = [B | B - B0] [A - A0 ; A0]   exactly zero at the start, in every dtype
+
+Shape letters: R rank, I in_features, O out_features. A: (R, I), B: (O, R).
+"""
+
+import torch
+from torch import Tensor
+
+from luthier.core.methods import PISSA_NITER
+
+ORTHOGONAL_SHRINK = 10.0
+
+
+def start_of(init: str, weight_OI: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return (lora_A, lora_B) of a layer with this weight, in float32. Computed in float32, or in float64 if the weight is.
+
+    The seed's numbers are drawn as PEFT draws them.
+    """
+    out_features, in_features = weight_OI.shape
+    if init == "orthogonal":
+        lora_A, lora_B = orthogonal_pair(r, in_features, out_features, weight_OI.device)
+    else:
+        weight_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
+        niter = PISSA_NITER.fullmatch(init)
+        lora_A, lora_B = (
+            olora_pair(weight_OI, r) if init == "olora" else pissa_pair(weight_OI, r, scaling, int(niter[1]) if niter else None)
+        )
+    return lora_A.float().contiguous(), lora_B.float().contiguous()
+
+
+def orthogonal_pair(r: int, in_features: int, out_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a pair whose product is zero although neither factor is: A in one half of an orthogonal basis, B in the other.
+
+    Q of a random r x r matrix gives the basis, its even rows Q_e and odd rows Q_o: A = (G_A Q_e)^T / 10, B = G_B^T Q_o / 10
+    with normal G, so B A = G_B^T (Q_o Q_e^T) G_A^T / 100 = 0. Source: datta0.github.io/posts/rethink-lora-init.
+    """
+    Q_RR = torch.linalg.qr(torch.randn(r, r, device=device)).Q
+    lora_A = (torch.randn(in_features, r // 2, device=device) @ Q_RR[0::2]).T / ORTHOGONAL_SHRINK
+    lora_B = torch.randn(r // 2, out_features, device=device).T @ Q_RR[1::2] / ORTHOGONAL_SHRINK
+    return lora_A, lora_B
+
+
+def olora_pair(weight_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return B = the first r columns of Q and A = the first r rows of R, of W = Q R (Büyükakyüz 2024, arXiv:2406.01775)."""
+    Q, R = torch.linalg.qr(weight_OI)
+    return R[:r], Q[:, :r]
+
+
+def pissa_pair(weight_OI: Tensor, r: int, scaling: float, niter: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the pair with scaling * B A = U_r S_r V_r^T, W's best approximation of rank r (Meng et al. 2024, arXiv:2404.02948).
+
+    The root of S / scaling goes to each side. `niter` takes a randomised decomposition (Halko et al. 2009) of that many
+    subspace iterations instead of the exact one: faster, and another one for each seed.
+    """
+    if niter is None:
+        U, S, Vt = torch.linalg.svd(weight_OI, full_matrices=False)
+        U, S, Vt = U[:, :r], S[:r], Vt[:r]
+    else:
+        U, S, V = torch.svd_lowrank(weight_OI, r, niter=niter)
+        Vt = V.T
+    root_R = (S / scaling).sqrt()
+    return root_R[:, None] * Vt, U * root_R
