@@ -77,8 +77,10 @@ def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair
 
 
 def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:
-    init = init_embedding_pair if layer.kind.word == "embedding" else init_linear_pair
-    return init(layer.r, layer.in_features, layer.out_features, planned.config.init_lora_weights, device)
+    sizes, init = (layer.r, layer.in_features, layer.out_features), planned.config.init_lora_weights
+    if layer.kind.word == "embedding":
+        return init_embedding_pair(*sizes, init, device)
+    return init_linear_pair(*sizes, init, device, layer.kernel, layer.groups)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
