@@ -29,6 +29,23 @@ class Plain(nn.Module):
         return self.second(torch.tanh(self.norm(self.first(self.table(ids)))))
 
 
+class Convolutions(nn.Module):
+    """A model of no library: convolutions over one, two and three axes, and one with groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, 12)
+        self.line = nn.Conv1d(12, 10, 3, padding=1)
+        self.plane = nn.Conv2d(5, 6, (2, 3), stride=(1, 2), padding=(1, 0))
+        self.grouped = nn.Conv2d(6, 4, (1, 3), groups=2)
+        self.volume = nn.Conv3d(2, 7, (2, 2, 1), bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lines = torch.tanh(self.line(self.table(ids).transpose(1, 2)))
+        planes = torch.tanh(self.grouped(torch.tanh(self.plane(lines.unflatten(1, (5, 2))))))
+        return self.volume(planes.unflatten(1, (2, 2))).flatten(1)
+
+
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     """Return the model's output for `ids` without gradients, whatever kind of model it is."""
     with torch.no_grad():
@@ -109,6 +126,12 @@ CASES = [
     Case("tied-head", "llama-tied", {"r": 3, "target_modules": ["lm_head"]}, tie=True),
     Case("plain", "plain", {"r": 3, "lora_alpha": 7, "target_modules": ["table", "first", "second"]}),
     Case("plain-bias", "plain", {"r": 3, "target_modules": ["second"], "bias": "all", "modules_to_save": ["norm"]}),
+    Case("convolution-1d", "convolutions", {"r": 3, "lora_alpha": 7, "target_modules": ["line"]}),
+    Case("convolution-2d", "convolutions", {"r": 1, "lora_alpha": 5, "target_modules": ["plane"], "use_rslora": True}),
+    Case("convolution-3d", "convolutions", {"r": 5, "target_modules": ["volume"], "init_lora_weights": "gaussian"}),
+    Case("convolution-grouped", "convolutions", {"r": 4, "target_modules": ["grouped", "plane"]}),
+    Case("convolutions-bias", "convolutions", {"r": 2, "target_modules": ["line", "volume"], "bias": "all"}),
+    Case("convolutions-lora-only", "convolutions", {"r": 2, "target_modules": ["line", "plane"], "bias": "lora_only"}),
     Case("dropout", "llama", {"r": 2, "target_modules": QV, "lora_dropout": 0.25, "task_type": "CAUSAL_LM"}),
 ]
 IDS_OF_CASES = [case.name for case in CASES]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.cases import MakeModel, Plain, randomise
+from tests.parity.cases import Convolutions, MakeModel, Plain, randomise
 from torch import nn
 
 
@@ -24,6 +24,9 @@ def make_model(tiny_llama: Callable[..., nn.Module], tiny_gpt2: Callable[..., nn
         if name == "plain":
             torch.manual_seed(3)
             return Plain().eval()
+        if name == "convolutions":
+            torch.manual_seed(3)
+            return Convolutions().eval()
         if name == "gpt2":
             return tiny_gpt2()
         model = tiny_llama(

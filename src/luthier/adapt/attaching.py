@@ -89,7 +89,7 @@ def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tup
     if isinstance(init, str) and keeps_start(init):
         init_linear_pair(*sizes, False, weight.device)  # PEFT draws these numbers first, so the seed's next ones are the same
         return start_of(init, weight.T if layer.kind.word == "conv1d" else weight, layer.r, layer.scaling)
-    return init_linear_pair(*sizes, init, weight.device)
+    return init_linear_pair(*sizes, init, weight.device, layer.kernel, layer.groups)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

@@ -16,7 +16,7 @@ from luthier.adapt.keep import KEEPERS, Kept, MemoryKeeper
 from luthier.adapt.state import adapted_modules, check_whole, roster_of
 from luthier.core.errors import AdapterFormatError, AdapterStateError, ConfigError, did_you_mean
 from luthier.core.lora import fold
-from luthier.layers.kinds import folding_is_exact
+from luthier.layers.kinds import why_not_folded
 from luthier.layers.pair import LoraPair
 
 Keep = Literal["memory", "disk", "checkpoint", "nothing"]
@@ -92,6 +92,8 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
     roster = roster_of(model)
     new = []
     for path, module in adapted_modules(model):
+        if any(name in module.lora for name in roster.active) and (reason := why_not_folded(module)):
+            raise AdapterStateError(f"{path} {reason}; leave it unmerged")
         deltas: dict[str, list[Tensor]] = {}
         replaced: dict[str, Tensor] = {}
         for name, weight in roster.active.items():
@@ -100,11 +102,6 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
                     deltas.setdefault(key, []).append(delta)
             if name in module.replacements:
                 replaced |= {key: trained.detach() for key, trained in module.replaced_parameters(name, every_name=True)}
-        if deltas and not folding_is_exact(module):
-            raise AdapterStateError(
-                f"{path} is a {module.base_class.__name__} with a forward of its own, so folding the update into its weight "
-                "may change its output; leave it unmerged"
-            )
         # One adapter may replace a layer that another one adapts: the update goes on top of the replacement, as it runs.
         for key in replaced | deltas:
             owner_path, _, last = key.rpartition(".")

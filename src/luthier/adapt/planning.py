@@ -1,5 +1,6 @@
 """plan(): what attaching would do, before anything is touched. attach() carries out exactly this."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,10 +29,24 @@ class PlannedLayer:
     lora_alpha: float
     scaling: float
     trains_bias: bool
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def shape_A(self) -> tuple[int, ...]:
+        return (self.r, self.in_features, *self.kernel)
+
+    @property
+    def shape_B(self) -> tuple[int, ...]:
+        return (self.out_features, self.r // self.groups, *(1 for _ in self.kernel))
+
+    @property
+    def num_pair_parameters(self) -> int:
+        return math.prod(self.shape_A) + math.prod(self.shape_B)
 
     @property
     def num_parameters(self) -> int:
-        return self.r * (self.in_features + self.out_features) + self.trains_bias * self.out_features
+        return self.num_pair_parameters + self.trains_bias * self.out_features
 
 
 @dataclass(frozen=True)
@@ -56,10 +71,12 @@ class AttachPlan:
         return self.num_parameters / max(1, self.num_base_parameters)
 
     def __str__(self) -> str:
-        names = Counter((layer.path.rsplit(".", 1)[-1], layer.in_features, layer.out_features, layer.r) for layer in self.layers)
+        names = Counter(
+            (layer.path.rsplit(".", 1)[-1], layer.in_features, layer.out_features, layer.r, layer.num_pair_parameters)
+            for layer in self.layers
+        )
         lines = [f"{self.num_parameters:,} of {self.num_base_parameters:,} parameters are trained ({self.share:.2%})"]
-        for (name, in_features, out_features, r), count in names.items():
-            each = r * (in_features + out_features)
+        for (name, in_features, out_features, r, each), count in names.items():
             lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
         lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
         if self.biases:
@@ -83,13 +100,18 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             continue
         kind = layer_kind(module)
         if kind is None:
-            faults.append(f"{path} is a {_class_name(module)}; only Linear, Embedding and Conv1D layers can be adapted")
+            only = "only Linear, Embedding, Conv1D and Conv1d/2d/3d layers can be adapted"
+            faults.append(f"{path} is a {_class_name(module)}; {only}")
         elif reason := why_not(module, modules[path.rpartition(".")[0]]):
             faults.append(f"{path}: {reason}")
         elif whole := _holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
+        elif (layer := _planned(config, path, module, kind)).r % layer.groups:
+            faults.append(
+                f"{path} has {layer.groups} groups, which do not divide r={layer.r}; set rank_pattern for it, or leave it out"
+            )
         else:
-            layers.append(_planned(config, path, module, kind))
+            layers.append(layer)
     faults += _unmatched(config, modules)
     faults += _without_start(config, layers)
     biases = {}
@@ -140,7 +162,7 @@ def resolve_all_linear(model: nn.Module, modules: dict[str, nn.Module], config: 
 def is_linear(module: nn.Module) -> bool:
     """Return whether 'all-linear' means this kind of module."""
     kind = layer_kind(module)
-    return kind is not None and kind.word != "embedding"
+    return kind is not None and kind.word in ("linear", "conv1d")
 
 
 def _shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
@@ -158,15 +180,16 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     in_features, out_features = kind.sizes(module)
     trains_bias = config.bias != "none" and getattr(module, "bias", None) is not None
     scaling = lora_scaling(r, lora_alpha, config.use_rslora)
-    return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias)
+    kernel, groups = kind.kernel(module), kind.groups(module)
+    return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, kernel, groups)
 
 
 def _without_start(config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
     """Say which layers cannot begin as init_lora_weights asks."""
     init = config.init_lora_weights
     for layer in layers:
-        if layer.kind.word == "embedding" and keeps_start(init):
-            yield f"{layer.path}: init '{init}' is for linear layers, this is an embedding; leave it out or use init True"
+        if layer.kind.word not in ("linear", "conv1d") and keeps_start(init):
+            yield f"{layer.path}: init '{init}' is for linear layers, this is a layer of kind {layer.kind.word}; use init True"
         elif reason := why_no_start(init, layer.r, layer.in_features, layer.out_features):
             yield f"{layer.path}: {reason}"
 

@@ -1,12 +1,14 @@
 """LoRA's equations in plain torch, each once. Faster versions elsewhere carry the same names and are tested against these.
 
-Shape letters: R rank, I in_features, O out_features, V rows of an embedding table; `...` any leading axes.
+Shape letters: R rank, I in_features, O out_features, V rows of an embedding table; `...` any leading axes. For convolutions
+I and O are channels, G groups, K the axes of the kernel and L those of the image; a batch axis in front is optional.
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1:
 
     h = W x + scaling * B A x        A: (R, I), B: (O, R), B = 0 at the start, so the first forward is the base's
 """
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +41,38 @@ def lora_embedding(
     return F.linear(F.embedding(ids, lora_A.T, padding_idx).to(dtype) * scaling, lora_B.to(dtype))
 
 
+def lora_convolution(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Return the low-rank part of an adapted convolution: the layer's own window with R output channels, then one of size 1.
+
+    Shapes: x (I, L...), lora_A (R, I, K...), lora_B (O, R / G, 1...) -> (O, L'...). lora_A sees every input channel whatever the
+    groups, as PEFT has it; the ranks of a group reach the output channels of that group only.
+    """
+    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[lora_A.ndim - 3]
+    inner = convolve(x, lora_A.to(x.dtype), None, stride, padding, dilation) * scaling
+    return cast(Tensor, convolve(inner, lora_B.to(x.dtype), groups=groups))
+
+
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Return the dense update of one layer, (B A) * scaling, in float32 (float64 for float64 factors).
 
-    Shapes: lora_A (R, I), lora_B (O, R) -> (O, I).
+    Shapes: lora_A (R, I), lora_B (O, R) -> (O, I); of a convolution (R, I, K...), (O, R, 1...) -> (O, I, K...).
     Raises: ShapeError if the two ranks differ.
     """
     if lora_A.shape[0] != lora_B.shape[1]:
         raise ShapeError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not share a rank")
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
-    return (lora_B.to(dtype) @ lora_A.to(dtype)) * scaling
+    delta = lora_B.to(dtype).flatten(1) @ lora_A.to(dtype).flatten(1)
+    return delta.unflatten(1, lora_A.shape[1:]) * scaling
 
 
 def fold(weight: Tensor, deltas: list[Tensor]) -> Tensor:
@@ -60,14 +84,21 @@ def fold(weight: Tensor, deltas: list[Tensor]) -> Tensor:
 
 
 def init_linear_pair(
-    r: int, in_features: int, out_features: int, init: bool | str, device: torch.device
+    r: int,
+    in_features: int,
+    out_features: int,
+    init: bool | str,
+    device: torch.device,
+    kernel: tuple[int, ...] = (),
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return a fresh (lora_A (R, I), lora_B (O, R)) in float32 for a linear layer.
+    """Return a fresh (lora_A (R, I), lora_B (O, R)) in float32 for a linear layer; (R, I, K...), (O, R / G, 1...) with a kernel.
 
     `init`: True is kaiming-uniform A and zero B; "gaussian" is A ~ N(0, 1/r^2) and zero B; False leaves both random.
     torch's generator is drawn from in the order PEFT does it, so one seed gives the same adapter in both.
     """
-    lora_A, lora_B = torch.empty(r, in_features, device=device), torch.empty(out_features, r, device=device)
+    lora_A = torch.empty(r, in_features, *kernel, device=device)
+    lora_B = torch.empty(out_features, r // groups, *(1 for _ in kernel), device=device)
     torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
     torch.nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
     if init == "gaussian":

@@ -35,7 +35,7 @@ def whole_key(path: str, key: str) -> str:
 
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": (layer.r, layer.in_features), "lora_B": (layer.out_features, layer.r)}
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": layer.shape_A, "lora_B": layer.shape_B}
     return shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
 
 

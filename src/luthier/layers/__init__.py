@@ -10,6 +10,7 @@ __getattr__, __all__ = lazy_names(
     {
         "AdaptedModule": "luthier.layers.base",
         "LoraConv1D": "luthier.layers.linear",
+        "LoraConvolution": "luthier.layers.conv",
         "LoraEmbedding": "luthier.layers.embedding",
         "LoraLinear": "luthier.layers.linear",
         "LoraPair": "luthier.layers.pair",

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from luthier.layers.base import ADDED, AdaptedModule
+from luthier.layers.conv import LoraConvolution
 from luthier.layers.embedding import LoraEmbedding
 from luthier.layers.linear import LoraConv1D, LoraLinear
 
@@ -20,13 +21,25 @@ class LayerKind:
 
     def sizes(self, module: nn.Module) -> tuple[int, int]:
         """Return (I, O) of a module of this kind; for an embedding I is the number of rows."""
+        if isinstance(module, CONVOLUTIONS):
+            return module.in_channels, module.out_channels
         rows, columns = cast(Tensor, module.weight).shape
         return (columns, rows) if self.word == "linear" else (rows, columns)
 
+    def kernel(self, module: nn.Module) -> tuple[int, ...]:
+        """Return the axes of a convolution's window; () for other layers."""
+        return tuple(module.kernel_size) if isinstance(module, CONVOLUTIONS) else ()
 
+    def groups(self, module: nn.Module) -> int:
+        """Return the groups of a convolution, of which each has its own channels; 1 for other layers."""
+        return module.groups if isinstance(module, CONVOLUTIONS) else 1
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR = LayerKind("linear", LoraLinear)
 EMBEDDING = LayerKind("embedding", LoraEmbedding)
 CONV1D = LayerKind("conv1d", LoraConv1D)
+CONVOLUTION = LayerKind("convolution", LoraConvolution)
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
@@ -35,6 +48,8 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         return LINEAR
     if isinstance(module, nn.Embedding):
         return EMBEDDING
+    if isinstance(module, CONVOLUTIONS):
+        return CONVOLUTION
     # transformers is heavy; where it is not loaded there is no Conv1D of its either.
     transformers_layers = sys.modules.get("transformers.pytorch_utils")
     if transformers_layers is not None and isinstance(module, transformers_layers.Conv1D):
@@ -68,15 +83,25 @@ def why_not(module: nn.Module, parent: nn.Module) -> str | None:
         return f"its weight is stored as {weight.dtype}; only floating-point weights can be adapted"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "max_norm rewrites the frozen table in place, and sparse gradients are not supported"
-    if weight.ndim != 2:
-        return f"its weight has shape {tuple(weight.shape)}, not two axes (sharded or offloaded?)"
+    axes = 2 + len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 2
+    if weight.ndim != axes:
+        return f"its weight has shape {tuple(weight.shape)}, not {axes} axes (sharded or offloaded?)"
     return None
 
 
-def folding_is_exact(module: nn.Module) -> bool:
-    """Return whether the layer's own forward is linear in its weight, as a merge needs."""
+def why_not_folded(module: nn.Module) -> str | None:
+    """Return why a merge may change the output: the layer's own forward may not be linear in its weight, or the weight may
+    have no place for the update. None if it is exact.
+
+    With groups the update is (O, I, K...) and reaches every input channel, while the weight (O, I / groups, K...) has only
+    those of its own group.
+    """
     base = module.base_class if isinstance(module, AdaptedModule) else type(module)
     if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
-        return True
+        return None
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        return f"has {module.groups} groups, and its weight has no place for an update that reaches from one to another"
     families: list[Any] = [cls for cls in base.__mro__ if cls.__module__.startswith(("torch.nn", "transformers.pytorch_utils"))]
-    return base.forward is families[0].forward
+    if base.forward is not families[0].forward:
+        return f"is a {base.__name__} with a forward of its own, so folding the update into its weight may change its output"
+    return None

@@ -126,7 +126,7 @@ class Parts(nn.Module):
         self.small.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
         self.dispatched = nn.Linear(8, 8)
         self.dispatched.forward = lambda x: x
-        self.conv = nn.Conv2d(3, 3, 1)
+        self.conv = nn.ConvTranspose2d(3, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ class Parts(nn.Module):
         ("table", "max_norm"),
         ("small", "torch.int8"),
         ("dispatched", "forward was replaced on the instance"),
-        ("conv", "conv is a Conv2d; only Linear, Embedding and Conv1D"),
+        ("conv", "conv is a ConvTranspose2d; only Linear, Embedding and Conv1D"),
         ("attention", "attention is a MultiheadAttention; only"),
         ("goood", r"'goood' matches nothing\. Did you mean 'good'"),
     ],
@@ -157,7 +157,7 @@ def test_all_faults_come_in_one_message() -> None:
     with pytest.raises(TargetError) as caught:
         plan(Parts(), LoraConfig(target_modules=["conv", "small", "goood"], modules_to_save=["tabel"]))
     assert "(4 faults)" in str(caught.value)
-    for word in ("conv is a Conv2d", "torch.int8", "'goood' matches nothing", "Did you mean 'table'"):
+    for word in ("conv is a ConvTranspose2d", "torch.int8", "'goood' matches nothing", "Did you mean 'table'"):
         assert word in str(caught.value)
 
 
