@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from luthier.adapt.fusing import unfuse
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapted_modules, adapter_parameters, adapter_prefixes, check_whole, find_roster, roster_of
+from luthier.core.adalora import init_triplets
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError, AdapterStateError
 from luthier.core.lora import init_embedding_pair, init_linear_pair
 from luthier.core.names import check_adapter_name
 from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, restore, whole_bias, whole_copy
-from luthier.layers.pair import LoraPair
+from luthier.layers.pair import AdaLoraPair, LoraPair
 from luthier.layers.roster import Roster
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,11 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
     return install(model, plan(model, config), name, _fresh_pair)
 
 
-PairMaker = Callable[[AttachPlan, PlannedLayer, torch.device], tuple[Tensor, Tensor]]
+PairMaker = Callable[[AttachPlan, PlannedLayer, torch.device], tuple[Tensor, ...]]
 
 
 def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
-    """Carry out a plan: attach `name` with the pairs (lora_A, lora_B in float32) that `make_pair` returns for each layer."""
+    """Carry out a plan: attach `name` with what `make_pair` returns for each layer: lora_A, lora_B, and AdaLoRA's lora_E."""
     if planned.saved:
         unfuse(model)  # a fused block calls its parts itself and would pass by one that is replaced as a whole
     roster = find_roster(model)
@@ -71,12 +72,15 @@ def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMak
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
-    lora_A, lora_B = make_pair(planned, layer, cast(Tensor, module.weight).device)
-    bias = whole_bias(module) if layer.trains_bias else None
-    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias).train(module.training)
+    lora_A, lora_B, *others = make_pair(planned, layer, cast(Tensor, module.weight).device)
+    settings = (layer.scaling, planned.config.lora_dropout, whole_bias(module) if layer.trains_bias else None)
+    pair = AdaLoraPair(lora_A, lora_B, others[0], *settings) if layer.is_adalora else LoraPair(lora_A, lora_B, *settings)
+    return pair.train(module.training)
 
 
-def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:
+def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, ...]:
+    if layer.is_adalora:
+        return init_triplets(layer.r, layer.in_features, layer.out_features, bool(planned.config.init_lora_weights), device)
     init = init_embedding_pair if layer.kind.word == "embedding" else init_linear_pair
     return init(layer.r, layer.in_features, layer.out_features, planned.config.init_lora_weights, device)
 

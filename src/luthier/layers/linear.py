@@ -60,10 +60,10 @@ class LoraLinear(AdaptedModule):
         if pair.bias is not None:
             return None
         scaling = live[names[0]] * pair.scaling
-        return Projection(weight_OI, self.bias, pair.lora_A, pair.lora_B, scaling, pair.live_dropout)
+        return Projection(weight_OI, self.bias, *pair.factors(), scaling, pair.live_dropout)
 
     def with_pair(self, output: Tensor, x: Tensor, pair: LoraPair, weight: float) -> Tensor:
-        low_rank = lora_linear(pair.dropout(x), pair.lora_A, pair.lora_B, weight * pair.scaling)
+        low_rank = lora_linear(pair.dropout(x), *pair.factors(), weight * pair.scaling)
         output = output + low_rank.to(output.dtype)
         if pair.bias is not None and self.bias is not None:
             output = output + (weight * (pair.bias - self.bias)).to(output.dtype)
