@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "AdaLoraConfig": "luthier.core.config",
         "AttachPlan": "luthier.adapt.planning",
         "LoraConfig": "luthier.core.config",
         "LuthierError": "luthier.core.errors",

@@ -9,11 +9,13 @@ __getattr__, __all__ = lazy_names(
     __name__,
     {
         "AttachPlan": "luthier.adapt.planning",
+        "RankAllocator": "luthier.adapt.ranks",
         "activate": "luthier.adapt.switching",
         "adapter_parameters": "luthier.adapt.state",
         "attach": "luthier.adapt.attaching",
         "base_parameters": "luthier.adapt.state",
         "detach": "luthier.adapt.attaching",
+        "drop_masked": "luthier.adapt.ranks",
         "disabled": "luthier.adapt.switching",
         "fuse": "luthier.adapt.fusing",
         "fusion_of": "luthier.adapt.fusing",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from luthier.adapt.fusing import unfuse
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapted_modules, adapter_parameters, adapter_prefixes, check_whole, find_roster, roster_of
+from luthier.core.adalora import init_triplets
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError, AdapterStateError
 from luthier.core.inits import start_of
@@ -16,7 +17,7 @@ from luthier.core.lora import init_embedding_pair, init_linear_pair
 from luthier.core.methods import keeps_start
 from luthier.core.names import check_adapter_name
 from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, restore, whole_bias, whole_copy
-from luthier.layers.pair import LoraPair
+from luthier.layers.pair import AdaLoraPair, LoraPair
 from luthier.layers.roster import Roster
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,11 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
     return install(model, plan(model, config), name, _fresh_pair)
 
 
-PairMaker = Callable[[AttachPlan, PlannedLayer, Tensor], tuple[Tensor, Tensor]]
+PairMaker = Callable[[AttachPlan, PlannedLayer, Tensor], tuple[Tensor, ...]]
 
 
 def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
-    """Carry out a plan: attach `name` with the pairs (lora_A, lora_B in float32) that `make_pair` returns for each layer.
+    """Carry out a plan: attach `name` with what `make_pair` returns for each layer: lora_A, lora_B, and AdaLoRA's lora_E.
 
     It is given the plan, the layer and the layer's own weight.
     """
@@ -76,14 +77,18 @@ def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMak
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
-    lora_A, lora_B = make_pair(planned, layer, cast(Tensor, module.weight))
+    lora_A, lora_B, *others = make_pair(planned, layer, cast(Tensor, module.weight))
+    settings = (layer.scaling, planned.config.lora_dropout, whole_bias(module) if layer.trains_bias else None)
+    if layer.is_adalora:
+        return AdaLoraPair(lora_A, lora_B, others[0], *settings).train(module.training)
     start = (lora_A.clone(), lora_B.clone()) if keeps_start(planned.config.init_lora_weights) else None
-    bias = whole_bias(module) if layer.trains_bias else None
-    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias, start).train(module.training)
+    return LoraPair(lora_A, lora_B, *settings, start).train(module.training)
 
 
-def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, ...]:
     init, sizes = planned.config.init_lora_weights, (layer.r, layer.in_features, layer.out_features)
+    if layer.is_adalora:
+        return init_triplets(*sizes, bool(init), weight.device)
     if layer.kind.word == "embedding":
         return init_embedding_pair(*sizes, init, weight.device)
     if isinstance(init, str) and keeps_start(init):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from luthier.adapt.state import adapter_prefixes
-from luthier.core.config import ALL_LINEAR, LoraConfig
+from luthier.core.adalora import adalora_scaling
+from luthier.core.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
 from luthier.core.errors import TargetError, did_you_mean
 from luthier.core.lora import lora_scaling
 from luthier.core.methods import keeps_start, why_no_start
@@ -31,6 +32,7 @@ class PlannedLayer:
     trains_bias: bool
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    is_adalora: bool = False
 
     @property
     def shape_A(self) -> tuple[int, ...]:
@@ -42,7 +44,7 @@ class PlannedLayer:
 
     @property
     def num_pair_parameters(self) -> int:
-        return math.prod(self.shape_A) + math.prod(self.shape_B)
+        return math.prod(self.shape_A) + math.prod(self.shape_B) + self.is_adalora * self.r
 
     @property
     def num_parameters(self) -> int:
@@ -106,6 +108,8 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             faults.append(f"{path}: {reason}")
         elif whole := _holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
+        elif isinstance(config, AdaLoraConfig) and not is_linear(module):
+            faults.append(f"{path} is a {_class_name(module)}; AdaLoRA adapts Linear and Conv1D layers")
         elif (layer := _planned(config, path, module, kind)).r % layer.groups:
             faults.append(
                 f"{path} has {layer.groups} groups, which do not divide r={layer.r}; set rank_pattern for it, or leave it out"
@@ -156,7 +160,7 @@ def resolve_all_linear(model: nn.Module, modules: dict[str, nn.Module], config: 
     ]
     if not linear:
         raise TargetError(f"target_modules='{ALL_LINEAR}' found no linear layer that can be adapted in this {_class_name(model)}")
-    return LoraConfig(**(dict(config) | {"target_modules": _shortest_names(linear, admitted)}))
+    return config.changed(target_modules=_shortest_names(linear, admitted))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -175,10 +179,14 @@ def _shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str
 
 
 def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> PlannedLayer:
-    r = pattern_value(config.rank_pattern, path, config.r)
-    lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     in_features, out_features = kind.sizes(module)
     trains_bias = config.bias != "none" and getattr(module, "bias", None) is not None
+    if isinstance(config, AdaLoraConfig):
+        r, lora_alpha = sum(config.mask_of(path)), config.lora_alpha
+        scaling = adalora_scaling(config.init_r, lora_alpha)
+        return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, is_adalora=True)
+    r = pattern_value(config.rank_pattern, path, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     scaling = lora_scaling(r, lora_alpha, config.use_rslora)
     kernel, groups = kind.kernel(module), kind.groups(module)
     return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, kernel, groups)
@@ -259,7 +267,9 @@ def _warnings(
 def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
     for field_name in ("rank_pattern", "alpha_pattern"):
         for expression in getattr(config, field_name):
-            if not any(pattern_value({expression: True}, layer.path, False) for layer in layers):
+            # AdaLoRA's keys are a layer's path and the name of its tensor.
+            named = expression.removesuffix(".lora_E") if isinstance(config, AdaLoraConfig) else expression
+            if not any(pattern_value({named: True}, layer.path, False) for layer in layers):
                 yield f"{field_name} key {expression!r} matches no adapted layer and has no effect"
     excluded = config.exclude_modules or []
     for entry in [excluded] if isinstance(excluded, str) else excluded:

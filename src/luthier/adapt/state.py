@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from luthier.core.errors import AdapterStateError
 from luthier.layers.base import AdaptedModule
 from luthier.layers.kinds import LayerKind, layer_kind
-from luthier.layers.pair import LoraPair
+from luthier.layers.pair import AdaLoraPair, LoraPair
 from luthier.layers.roster import Roster
 
 
@@ -62,13 +62,14 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AdapterParameter:
-    """One trained tensor: `role` is lora_A, lora_B or bias of the pair at `path`, or `whole` with the replaced one's key."""
+    """One trained tensor: `role` is lora_A, lora_B, lora_E or bias of the pair at `path`, or `whole` with the own `key`."""
 
     path: str
     role: str
     parameter: nn.Parameter
     kind: LayerKind | None = None
     key: str = ""
+    is_adalora: bool = False
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[AdapterParameter]:
@@ -78,7 +79,7 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[Adap
         if name in module.lora:
             pair = cast(LoraPair, module.lora[name])
             for role, parameter in pair.named_parameters():
-                yield AdapterParameter(path, role, parameter, layer_kind(module))
+                yield AdapterParameter(path, role, parameter, layer_kind(module), is_adalora=isinstance(pair, AdaLoraPair))
         if name in module.replacements:
             for key, parameter in module.replaced_parameters(name):
                 yield AdapterParameter(path, "whole", parameter, key=key)

@@ -1,7 +1,7 @@
 """LoRA's equations in plain torch, the configuration, the names and the errors.
 
 This room knows no model and prints nothing, and touches the disk only in `atomic`, which every writer above uses. All of it
-but `lora` loads no torch.
+but `lora` and `adalora` loads no torch.
 """
 
 from luthier.core.lazy import lazy_names
@@ -9,6 +9,7 @@ from luthier.core.lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "AdaLoraConfig": "luthier.core.config",
         "LoraConfig": "luthier.core.config",
         "LuthierError": "luthier.core.errors",
         "lora_delta": "luthier.core.lora",

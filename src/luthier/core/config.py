@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -90,3 +90,69 @@ class LoraConfig(Settings):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         return self
+
+
+class AdaLoraConfig(LoraConfig):
+    """An adapter whose ranks move, while it is trained, to the layers where they count.
+
+    Every layer begins with `init_r` triplets; after training `target_r` of them are left on average, none in some layers.
+    The update of a layer is `scaling * lora_B @ diag(lora_E) @ lora_A` with `scaling = lora_alpha / (init_r + 1e-5)`.
+    `r`, `use_rslora` and `alpha_pattern` have no effect here and are refused. Zhang et al. 2023, arXiv:2303.10512.
+    """
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "r": "set init_r (of every layer at the start) and target_r (of a layer on average at the end)",
+        "use_rslora": "the scaling is lora_alpha / init_r",
+        "alpha_pattern": "lora_alpha is the same for all layers",
+    }
+
+    # One layer's mask instead of its rank: which of the init_r triplets are in the file.
+    rank_pattern: dict[str, list[bool]] = Field(  # type: ignore[assignment]
+        default_factory=dict, description="path of a layer + '.lora_E' -> which of its triplets are left; written after training"
+    )
+    peft_type: Literal["ADALORA"] = Field("ADALORA", description="the method; it is what chooses these settings in a file")
+    target_r: int = Field(8, ge=1, description="triplets of a layer at the end, on average")
+    init_r: int = Field(12, ge=1, description="triplets of every layer at the start")
+    tinit: int = Field(0, ge=0, description="optimiser steps before the first triplet goes")
+    tfinal: int = Field(0, ge=0, description="optimiser steps after the last triplet went")
+    deltaT: int = Field(1, ge=1, description="optimiser steps between two allocations")
+    beta1: float = Field(0.85, gt=0, lt=1, description="decay rate of the running mean of the sensitivity")
+    beta2: float = Field(0.85, gt=0, lt=1, description="decay rate of the running mean of the sensitivity's uncertainty")
+    orth_reg_weight: float = Field(
+        0.5, ge=0, allow_inf_nan=False, description="weight of the penalty on factors that are not orthogonal; only in gradients"
+    )
+    total_step: int | None = Field(None, ge=1, description="optimiser steps of the whole training; a run fills in its own")
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks_are_positive(cls, ranks: dict[str, list[bool]]) -> dict[str, list[bool]]:  # type: ignore[override]
+        return ranks
+
+    @model_validator(mode="after")
+    def _is_a_schedule(self) -> Self:
+        faults = [f"{key} has no effect in AdaLoRA: {why}" for key, why in self.NO_EFFECT.items() if self._differs(key)]
+        if not isinstance(self.init_lora_weights, bool):
+            faults.append(f"init_lora_weights={self.init_lora_weights!r} has no effect in AdaLoRA; use True or False")
+        if self.target_r > self.init_r:
+            faults.append(f"target_r is {self.target_r}, more than init_r, {self.init_r}: ranks only go; raise init_r")
+        if self.total_step is not None and self.tinit + self.tfinal >= self.total_step:
+            faults.append(
+                f"tinit + tfinal is {self.tinit + self.tfinal} of {self.total_step} optimiser steps, which leaves none for the "
+                "ranks to move; lower them, or train for longer"
+            )
+        if odd := {key: len(mask) for key, mask in self.rank_pattern.items() if len(mask) != self.init_r}:
+            faults.append(f"rank_pattern needs init_r={self.init_r} values for each layer; given: {odd}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _differs(self, key: str) -> bool:
+        return bool(getattr(self, key) != LoraConfig.model_fields[key].get_default(call_default_factory=True))
+
+    def mask_of(self, path: str) -> list[bool]:
+        """Return which of the init_r triplets of the layer at `path` the adapter has."""
+        return self.rank_pattern.get(f"{path}.lora_E", [True] * self.init_r)
+
+
+METHODS: dict[Any, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
+"""PEFT's `peft_type` -> the configuration of that method."""

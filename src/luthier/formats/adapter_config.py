@@ -7,9 +7,10 @@ configuration gives the same bytes.
 import json
 import logging
 import math
+import re
 from typing import Any
 
-from luthier.core.config import LoraConfig
+from luthier.core.config import METHODS, AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterFormatError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -74,14 +75,18 @@ def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mappin
             values[key] = sorted(values[key])
     values["lora_alpha"] = _whole(values["lora_alpha"])
     values["alpha_pattern"] = {key: _whole(value) for key, value in config.alpha_pattern.items()}
+    if isinstance(config, AdaLoraConfig):
+        values["rank_pattern"] = config.rank_pattern or None
+        # PEFT refuses to load an adapter without it; where no run filled it in, it is the smallest that PEFT takes.
+        values["total_step"] = config.total_step or config.tinit + config.tfinal + 1
     # Patterns are tried in their order, so their order is kept; everything else is sorted.
     return json.dumps({key: values[key] for key in sorted(values)}, indent=2)
 
 
 def parse_config(text: str, where: str) -> LoraConfig:
-    """Return the LoraConfig of an adapter_config.json. Keys that are missing take PEFT's defaults (r=8, lora_alpha=8).
+    """Return the configuration in an adapter_config.json. Keys that are missing take PEFT's defaults (r=8, lora_alpha=8).
 
-    Raises: AdapterFormatError if it is not JSON, not LoRA, impossible, or uses a method that luthier cannot apply: an
+    Raises: AdapterFormatError if it is not JSON, not LoRA or AdaLoRA, impossible, or uses a method that luthier cannot apply: an
     adapter whose method were ignored would load and answer wrongly.
     """
     try:
@@ -90,8 +95,11 @@ def parse_config(text: str, where: str) -> LoraConfig:
         raise AdapterFormatError(f"{where} is not JSON: {error}") from error
     if not isinstance(data, dict) or "peft_type" not in data:
         raise AdapterFormatError(f"{where} has no 'peft_type'; it is not a PEFT adapter's configuration")
-    if data["peft_type"] != "LORA":
-        raise AdapterFormatError(f"{where} has peft_type {data['peft_type']!r}; this version of luthier reads LORA")
+    if not isinstance(data["peft_type"], str) or data["peft_type"] not in METHODS:
+        raise AdapterFormatError(
+            f"{where} has peft_type {data['peft_type']!r}; this version of luthier reads {' and '.join(METHODS)}"
+        )
+    method = METHODS[data["peft_type"]]
     used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {}, [])}
     init = data.get("init_lora_weights", True)
     if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:  # PEFT's base is another one then
@@ -99,7 +107,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
     if used:
         listed = ", ".join(f"{key}={value!r}" for key, value in used.items())
         raise AdapterFormatError(f"{where} uses {listed}, which this version of luthier cannot apply")
-    known = LoraConfig.model_fields
+    known = method.model_fields
     if unknown := sorted(set(data) - set(known) - set(_UNUSED) - _IGNORED):
         log.warning(f"{where}: unknown keys ignored: {', '.join(unknown)}")
     values = {key: value for key, value in data.items() if key in known}
@@ -109,11 +117,21 @@ def parse_config(text: str, where: str) -> LoraConfig:
         values["target_modules"] = []
     for key in ("rank_pattern", "alpha_pattern"):
         values[key] = values.get(key) or {}
+    if method is AdaLoraConfig:
+        # PEFT ignores these too, and keys with the adapter's name in them are those of an adapter that is still in a model.
+        values = {key: value for key, value in values.items() if key not in AdaLoraConfig.NO_EFFECT}
+        values["init_lora_weights"] = bool(values.get("init_lora_weights", True))
+        if isinstance(values["rank_pattern"], dict):
+            values["rank_pattern"] = {_of_layer(key): mask for key, mask in values["rank_pattern"].items()}
     values["layers_pattern"] = values.get("layers_pattern") or None  # PEFT takes "" and [] for "any"
     try:
-        return LoraConfig(**values)
+        return method(**values)
     except ConfigError as error:
         raise AdapterFormatError(f"{where}: {error}") from error
+
+
+def _of_layer(key: str) -> str:
+    return re.sub(r"\.lora_E\..*$", ".lora_E", key)
 
 
 def _finite(text: str) -> float:

@@ -26,7 +26,7 @@ from luthier.formats.adapter_config import converted_config, dump_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
-from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, whole_key
+from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, whole_key
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import layer_kind
 
@@ -134,11 +134,10 @@ def load_adapter(
     planned = _fitting_plan(model, folder.config, tensors, described)
     verdict = check_base(model, folder, force=force)
 
-    def stored_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            _master(tensors[pair_key(layer.path, "lora_A", layer.kind.word)], weight.device),
-            _master(tensors[pair_key(layer.path, "lora_B", layer.kind.word)], weight.device),
-        )
+    def stored_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, ...]:
+        roles = [role for role in pair_shapes(layer) if role != "bias"]
+        keys = [pair_key(layer.path, role, layer.kind.word, layer.is_adalora) for role in roles]
+        return tuple(_master(tensors[key], weight.device) for key in keys)
 
     install(model, planned, name, stored_pair)
     with torch.no_grad():
@@ -231,7 +230,7 @@ def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: s
     named = [*(config.target_modules if isinstance(config.target_modules, list) else ()), *(config.modules_to_save or ())]
     if unknown := [entry for entry in named if not any(path.endswith(entry) for path in modules)]:
         log.warning(f"{described}: names that match nothing in this model are left out: {', '.join(map(repr, unknown))}")
-    return LoraConfig(**(dict(config) | {"target_modules": targets, "modules_to_save": saved}))
+    return config.changed(target_modules=targets, modules_to_save=saved)
 
 
 def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> bool:
@@ -256,7 +255,7 @@ def _with_base_name(model: nn.Module, config: LoraConfig) -> LoraConfig:
     name = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
     if config.base_model_name_or_path or not name:
         return config
-    return LoraConfig(**(dict(config) | {"base_model_name_or_path": str(name)}))
+    return config.changed(base_model_name_or_path=str(name))
 
 
 def _described(folder: AdapterFolder) -> str:

@@ -14,10 +14,12 @@ from luthier.core.errors import AdapterFormatError
 PREFIX = "base_model.model."
 
 
-def pair_key(path: str, role: str, word: str) -> str:
-    """Return the key of one tensor of a pair: `role` is lora_A, lora_B or bias, `word` the kind of layer."""
+def pair_key(path: str, role: str, word: str, is_adalora: bool = False) -> str:
+    """Return the key of one tensor of a pair: `role` is lora_A, lora_B, lora_E or bias, `word` the kind of layer."""
     if role == "bias":
         return f"{PREFIX}{path}.base_layer.bias"
+    if is_adalora:
+        return f"{PREFIX}{path}.{role}"
     return (
         f"{PREFIX}{path}.{role.replace('lora_', 'lora_embedding_')}" if word == "embedding" else f"{PREFIX}{path}.{role}.weight"
     )
@@ -25,7 +27,9 @@ def pair_key(path: str, role: str, word: str) -> str:
 
 def item_key(item: AdapterParameter) -> str:
     """Return the key of one trained tensor."""
-    return whole_key(item.path, item.key) if item.kind is None else pair_key(item.path, item.role, item.kind.word)
+    return (
+        whole_key(item.path, item.key) if item.kind is None else pair_key(item.path, item.role, item.kind.word, item.is_adalora)
+    )
 
 
 def whole_key(path: str, key: str) -> str:
@@ -36,13 +40,14 @@ def whole_key(path: str, key: str) -> str:
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
     shapes: dict[str, tuple[int, ...]] = {"lora_A": layer.shape_A, "lora_B": layer.shape_B}
+    shapes |= {"lora_E": (layer.r, 1)} if layer.is_adalora else {}
     return shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
 
 
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return key -> shape of all that the file of a planned adapter must hold; `whole` are its replaced parameters."""
     pairs = {
-        pair_key(layer.path, role, layer.kind.word): shape
+        pair_key(layer.path, role, layer.kind.word, layer.is_adalora): shape
         for layer in planned.layers
         for role, shape in pair_shapes(layer).items()
     }
@@ -67,4 +72,4 @@ def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
 
 def _without_name(key: str) -> str:
     key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
-    return re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", key)
+    return re.sub(r"\.(lora_embedding_[AB]|lora_[ABE])\.(?!weight$)[^.]+$", r".\1", key)

@@ -1,4 +1,4 @@
-"""LoraPair: the trained numbers of one adapter in one layer."""
+"""LoraPair: the trained numbers of one adapter in one layer. AdaLoraPair: those of a method whose ranks move."""
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class LoraPair(nn.Module):
         return self.start_A is not None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the (A, B) whose product is the update: the trained ones, or those of twice the rank with the start subtracted.
+        """Return (A, B) such that the layer's update is scaling * B A, with gradients to what is trained: lora_A and lora_B, or
+        those of twice the rank with the start subtracted.
 
         [A - A0 ; A0] and [B | B - B0]: the small differences are taken here, in float32, before anything is cast down.
         """
@@ -66,3 +67,30 @@ class LoraPair(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, scaling={self.scaling:g}"
+
+
+class AdaLoraPair(LoraPair):
+    """R triplets: a row of lora_A (R, I), a column of lora_B (O, R), and their size lora_E (R, 1).
+
+    A triplet that was masked has lora_E = 0 and may come back; `keep` takes such ones out for good. R may be 0.
+    """
+
+    def __init__(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        lora_E: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+    ):
+        super().__init__(lora_A, lora_B, scaling, dropout, bias)
+        self.lora_E = nn.Parameter(lora_E)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B
+
+    def keep(self, mask: Tensor) -> None:
+        """Keep the triplets where `mask` (R,) is true; the parameters become other, smaller ones."""
+        for name, parameter in (("lora_A", self.lora_A[mask]), ("lora_B", self.lora_B[:, mask]), ("lora_E", self.lora_E[mask])):
+            setattr(self, name, nn.Parameter(parameter.detach().clone(), requires_grad=getattr(self, name).requires_grad))

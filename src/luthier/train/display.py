@@ -108,6 +108,11 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
     table.add_row("memory", f"{gib(summary['peak_bytes'])} at most")
     size = f"{summary['adapter_bytes'] / 1e6:.1f} MB; the base is {summary['base_bytes'] / 1e6:,.0f} MB"
     table.add_row("adapter", Text(f"{summary['adapter']} ({size})"))
+    if summary["ranks"]:
+        ranks, layers = summary["ranks"], summary["ranks"]["layers"].values()
+        early = "; the step that was kept came before the last allocation" if ranks["total"] > ranks["target"] else ""
+        spread = f"{min(layers)} to {max(layers)} a layer, {ranks['total']} in all (target {ranks['target']})"
+        table.add_row("ranks", spread + early)
     if summary["plot"]:
         table.add_row("picture", Text(summary["plot"]))
     for command in summary["next"]:

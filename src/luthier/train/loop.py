@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from luthier.adapt.fusing import fuse, fusion_of, unfuse
+from luthier.adapt.ranks import RankAllocator, drop_masked
 from luthier.adapt.state import adapter_parameters, pairs_with_start
+from luthier.core.config import AdaLoraConfig
 from luthier.core.errors import CheckpointError, TrainingError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.data.encode import UNLABELLED
@@ -91,6 +93,7 @@ class Trainer:
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
         )
+        self.ranks = RankAllocator(self.model, ADAPTER) if isinstance(prepared.plan.config, AdaLoraConfig) else None
         self.digests = {
             "data": prepared.rows.digest,
             "settings": prepared.settings.digest(),
@@ -153,6 +156,7 @@ class Trainer:
         state = {f"{name}.{index:05d}": value for index, name, value in self._moments()}
         # An adapter folder holds the update of such a pair, from which its factors cannot be had back bit for bit.
         state |= {f"pair.{path}.{key}": value for path, pair in self.started.items() for key, value in pair.state_dict().items()}
+        state |= self.ranks.state() if self.ranks else {}
         self.folder.save_checkpoint(self.progress, state | random_state(), self.write_adapter)
         self.saved_step = self.progress.step
 
@@ -188,6 +192,8 @@ class Trainer:
                 }
         if self.started:
             self._take_adapter(progress.step)
+        if self.ranks is not None:
+            self.ranks.restore(state)
         restore_random_state(state)
         self.progress, self.saved_step = progress, progress.step
         self.folder.cut_log(progress.step)
@@ -216,6 +222,11 @@ class Trainer:
         for path, pair in self.started.items():
             pair.load_state_dict({key: state[f"pair.{path}.{key}"] for key in pair.state_dict()})
 
+    def drop_masked(self) -> None:
+        """Take the triplets out that AdaLoRA masked in the adapter as it is now. Nothing can be trained here afterwards."""
+        if self.ranks is not None:
+            drop_masked(self.model, ADAPTER)
+
     def micro_batch(self, indices: list[int]) -> Batch | PackedBatch:
         """Return the rows with these indices as one batch, packed or padded as the run has it."""
         rows = [self.prepared.rows.train.rows[index] for index in indices]
@@ -235,12 +246,16 @@ class Trainer:
         self._check_finite("loss", loss, micro_batches)
         if step == 0:
             self._check_gradients()
+        if self.ranks is not None and self.ranks.config.orth_reg_weight:
+            self.ranks.penalty().backward()  # in the gradients only: the loss that is reported is the one of the answers
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         self._check_finite("gradient norm", norm, micro_batches)
         rate = learning_rate(step, self.num_steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        if self.ranks is not None:
+            self.ranks.update(step + 1)
         self.optimizer.zero_grad(set_to_none=True)
 
         if not self.keeps_memory:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import torch
 from luthier.adapt.attaching import attach
 from luthier.adapt.fusing import Fusion, fuse
 from luthier.adapt.planning import AttachPlan, plan
-from luthier.core.config import LoraConfig
+from luthier.adapt.ranks import check_schedule
+from luthier.adapt.state import roster_of
+from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.methods import keeps_start
 from luthier.data.batches import split_rows
@@ -88,6 +90,9 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     fusion = fuse(base.model) if settings.train.kernels == "fused" else Fusion(reason="train.kernels is plain")
     packed = settings.train.packing and can_take_packed(base.model, rows.train.rows)
     steps = plan_steps(rows.train.lengths, settings.train, packed=packed)
+    if isinstance(planned.config, AdaLoraConfig):
+        planned = replace(planned, config=with_total_step(planned.config, len(steps)))
+        roster_of(base.model).configs[ADAPTER] = planned.config
     return Prepared(settings, base, rows, planned, steps, fingerprint, fusion, packed)
 
 
@@ -130,7 +135,15 @@ def named_base(lora: LoraConfig, base: LoadedModel) -> LoraConfig:
     """Record which base the adapter is for: the name it was asked for by, since the folder is this machine's own."""
     if lora.base_model_name_or_path:
         return lora
-    return LoraConfig(**(dict(lora) | {"base_model_name_or_path": str(base.spec)}))
+    return lora.changed(base_model_name_or_path=str(base.spec))
+
+
+def with_total_step(config: AdaLoraConfig, num_steps: int) -> AdaLoraConfig:
+    """Let AdaLoRA's schedule end with the run. Raises: ConfigError for another end, or a run too short for the schedule."""
+    if config.total_step not in (None, num_steps):
+        raise ConfigError(f"lora.total_step is {config.total_step}, but this run has {num_steps} optimiser steps; leave it out")
+    check_schedule(config.model_copy(update={"total_step": num_steps}))
+    return config.changed(total_step=num_steps)
 
 
 def pad_id_of(tokenizer: "PreTrainedTokenizerBase") -> int:

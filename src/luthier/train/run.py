@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from luthier.adapt.ranks import live_ranks
 from luthier.adapt.state import base_parameters
 from luthier.core.atomic import write_atomic
 from luthier.core.errors import CheckpointError, MissingExtraError
@@ -20,7 +21,7 @@ from luthier.train.display import Display, preflight_report, summary_report
 from luthier.train.loop import Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
-from luthier.train.prepare import Prepared, prepare
+from luthier.train.prepare import ADAPTER, Prepared, prepare
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
 
@@ -93,6 +94,7 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
         console.print(words, markup=False, soft_wrap=True)
         return Outcome(prepared, found, _summary(trainer, ended))
     trainer.take_best()
+    trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
@@ -133,8 +135,17 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "base_bytes": sum(tensor.numel() * tensor.element_size() for _, tensor in base_parameters(prepared.base.model)),
         "plot": plot or None,
         "note": note,
+        "ranks": _ranks(trainer),
         "next": [f"luthier train --resume {folder.path}"] if ended == "interrupted" else [judge, ask],
     }
+
+
+def _ranks(trainer: Trainer) -> dict[str, Any] | None:
+    """Return what became of AdaLoRA's ranks: those of the adapter in the model, their number, and the number that was wanted."""
+    if trainer.ranks is None:
+        return None
+    layers = live_ranks(trainer.model, ADAPTER)
+    return {"total": sum(layers.values()), "target": trainer.ranks.last_budget, "layers": layers}
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from luthier.core.config import LoraConfig
+from luthier.core.config import METHODS, AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError
 from luthier.core.settings import Settings
 
@@ -69,9 +69,10 @@ class RunSettings(Settings):
     out: str = Field(description="folder of the run")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="of the base weights")
     data: DataSettings = Field(description="the rows")
-    lora: LoraConfig = Field(
+    lora: SerializeAsAny[LoraConfig] = Field(
         default_factory=lambda: LoraConfig.model_validate({"r": DEFAULT_R, "lora_alpha": 2 * DEFAULT_R, "task_type": TASK}),
-        description="the adapter; here r is 16 and lora_alpha twice r where they are not given",
+        description="the adapter; here r is 16 and lora_alpha twice r where they are not given. With peft_type = 'ADALORA' "
+        "an [`AdaLoraConfig`](#adaloraconfig), whose lora_alpha is twice init_r and whose total_step is that of the run",
     )
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}), description="the loop")
 
@@ -82,10 +83,15 @@ class RunSettings(Settings):
             return given.changed(task_type=TASK)
         if not isinstance(given, dict):
             return given
+        method = given.get("peft_type", "LORA")
+        if method == "ADALORA":
+            init_r = given.get("init_r", AdaLoraConfig.model_fields["init_r"].default)
+            return AdaLoraConfig(**{"lora_alpha": _twice(init_r), "task_type": TASK, **given})
+        if not isinstance(method, str) or method not in METHODS:
+            raise ValueError(f"peft_type {method!r} is not one of {', '.join(METHODS)}")
+        given = {key: value for key, value in given.items() if key != "peft_type"}
         r = given.get("r", DEFAULT_R)
-        # An r that is at fault is told once, not a second time as the alpha that would follow from it.
-        is_rank = isinstance(r, int) and r > 0
-        return {"r": r, "lora_alpha": 2 * r if is_rank else 1, "task_type": TASK} | given
+        return {"r": r, "lora_alpha": _twice(r), "task_type": TASK} | given
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
@@ -121,6 +127,11 @@ def read_settings(path: str | Path | None, overrides: dict[str, Any] | None = No
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     return RunSettings(**_merged(values, _without_none(overrides or {})))
+
+
+def _twice(r: Any) -> int:
+    # A rank that is at fault is told once, not a second time as the alpha that would follow from it.
+    return 2 * r if isinstance(r, int) and r > 0 else 1
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

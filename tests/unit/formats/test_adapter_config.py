@@ -177,7 +177,7 @@ def test_an_empty_layers_pattern_means_any(value: object) -> None:
         ("[]", "peft_type"),
         ('{"r": 4}', "peft_type"),
         ('{"peft_type": "IA3"}', "'IA3'"),
-        ('{"peft_type": "ADALORA"}', "'ADALORA'"),
+        ('{"peft_type": "LOHA"}', "'LOHA'"),
         ('{"peft_type": ["LORA"]}', "LORA"),
         ('{"peft_type": "LORA", "r": 0, "target_modules": ["q"]}', "r: "),
         ('{"peft_type": "LORA", "r": "many", "target_modules": ["q"]}', "r: "),
