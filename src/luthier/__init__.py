@@ -23,6 +23,7 @@ __getattr__, __all__ = lazy_names(
         "plan": "luthier.adapt.planning",
         "save_adapter": "luthier.formats.adapters",
         "save_merged": "luthier.formats.merged",
+        "swap_adapter": "luthier.formats.adapters",
         "unmerge": "luthier.adapt.merging",
     },
 )

@@ -15,7 +15,7 @@ from torch import nn
 
 from luthier.adapt.attaching import attach
 from luthier.core.config import LoraConfig
-from luthier.formats.adapters import load_adapter, save_adapter
+from luthier.formats.adapters import load_adapter, save_adapter, swap_adapter
 
 # transformers deprecated a property that PEFT 0.21 still asks for.
 PEFT_IS_BEHIND = r"`is_gradient_checkpointing` is deprecated"
@@ -255,6 +255,21 @@ def test_names_that_match_nothing_here_are_left_out_with_a_warning(
     assert "'query_key_value'" in caplog.text and "'score'" in caplog.text
     save_adapter(model, tmp_path / "ours")
     assert sorted_config(folder) == sorted_config(tmp_path / "ours")
+
+
+def test_an_adapter_that_was_swapped_in_loads_in_peft(make_model: MakeModel, peft_written: Written, tmp_path: Path) -> None:
+    """PEFT's own hotswap leaves file and configuration at odds after a change of rank, and wipes adapters whose names hold
+    the swapped one's."""
+    live, folder = peft_written("llama", {"r": 5, "lora_alpha": 31, "use_rslora": True, "target_modules": ["k_proj", "q_proj"]})
+    model = make_model("llama")
+    attach(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), "sql")
+    attach(model, LoraConfig(r=3, target_modules=["q_proj", "k_proj"]), "sql2")
+    swap_adapter(model, folder, "sql")
+    save_adapter(model, tmp_path / "ours", "sql")
+    theirs = PeftModel.from_pretrained(make_model("llama"), tmp_path / "ours").eval()
+    assert torch.equal(logits(theirs), logits(live))
+    assert relative(logits(model), logits(live)) <= 1e-5
+    assert same_tensors(folder, tmp_path / "ours") and sorted_config(folder) == sorted_config(tmp_path / "ours")
 
 
 def test_an_adapter_on_disk_says_what_peft_says(make_model: MakeModel, peft_written: Written, tmp_path: Path) -> None:

@@ -56,24 +56,83 @@ def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMak
         _check_covers(model, roster)
         check_whole(model, roster)
     # Everything that can fail is made first, so that a failure leaves the model as it was.
-    pairs = {layer: _pair(planned, layer, modules[layer.path], make_pair) for layer in planned.layers}
-    replacements = {path: whole_copy(modules[path]) for path in planned.saved}
-    replacements |= {path: bias_copy(modules[path]) for path in planned.biases}
+    made = _made(planned, modules, make_pair)
 
     if roster is None:
         roster = Roster(base_requires_grad={key: tensor.requires_grad for key, tensor in model.named_parameters()})
         model.requires_grad_(False)
         _guard_save_pretrained(model, roster)
+    _put(planned, modules, made, roster, name)
+    if len(roster.configs) == 1:
+        roster.active = {name: 1.0}
+    return planned
+
+
+def reinstall(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
+    """Carry out a plan in the place of the adapter `name`. Other adapters, and which ones are active, stay as they are.
+
+    Raises: AdapterStateError for an unknown name, while merged, or where modules that are replaced whole would meet other
+    active adapters. Nothing was touched then.
+    """
+    roster = roster_of(model)
+    roster.check(name)
+    if roster.is_merged:
+        raise AdapterStateError(f"adapters {list(roster.active)} are merged into the weights; unmerge(model) first")
+    check_whole(model, roster)
+    _check_restorable(model)
+    others = [other for other in roster.active if other != name]
+    replacing = bool(planned.saved or planned.biases)
+    replacing |= any(other in module.replacements for _, module in adapted_modules(model) for other in others)
+    if replacing and name in roster.active and roster.active != {name: 1.0}:
+        raise AdapterStateError(
+            f"{roster.active} are active, and one of them would replace modules whole; activate(model, {name!r}) alone first"
+        )
+    modules = base_modules(model)
+    made = _made(planned, modules, make_pair)
+    if planned.saved:
+        unfuse(model)
+    _take_out(model, name)
+    _put(planned, modules, made, roster, name)
+    return planned
+
+
+Made = tuple[dict[PlannedLayer, LoraPair], dict[str, nn.Module]]
+
+
+def _made(planned: AttachPlan, modules: dict[str, nn.Module], make_pair: PairMaker) -> Made:
+    """Return the pairs and the replacements (by path) of a plan."""
+    pairs = {layer: _pair(planned, layer, modules[layer.path], make_pair) for layer in planned.layers}
+    replacements = {path: whole_copy(modules[path]) for path in planned.saved}
+    return pairs, replacements | {path: bias_copy(modules[path]) for path in planned.biases}
+
+
+def _put(planned: AttachPlan, modules: dict[str, nn.Module], made: Made, roster: Roster, name: str) -> None:
+    pairs, replacements = made
     for layer, pair in pairs.items():
         adapt(modules[layer.path], layer.kind.mixin, roster).lora[name] = pair
     for path, replacement in replacements.items():
         adapt(modules[path], AdaptedModule, roster).replacements[name] = replacement
     roster.configs[name] = planned.config
-    if len(roster.configs) == 1:
-        roster.active = {name: 1.0}
     for warning in planned.warnings:
         log.warning(warning)
-    return planned
+
+
+def _take_out(model: nn.Module, name: str) -> None:
+    """Remove what an adapter added to the layers, and give those that carry nothing else their classes back."""
+    for _, module in list(adapted_modules(model)):
+        for part in (module.lora, module.replacements):
+            if name in part:
+                del part[name]
+        if not module.lora and not module.replacements:
+            restore(module)
+
+
+def _check_restorable(model: nn.Module) -> None:
+    if changed := [path for path, module in adapted_modules(model) if not is_restorable(module)]:
+        raise AdapterStateError(
+            f"the class of {changed[0]} and {len(changed) - 1} more modules was changed again after attaching (sharding?), "
+            "so their original classes cannot be put back"
+        )
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
@@ -109,20 +168,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if roster.is_merged:
         raise AdapterStateError("adapters are merged into the weights; unmerge(model) first, so that the base comes back exactly")
     check_whole(model, roster)
-    if changed := [path for path, module in adapted_modules(model) if not is_restorable(module)]:
-        raise AdapterStateError(
-            f"the class of {changed[0]} and {len(changed) - 1} more modules was changed again after attaching (sharding?), "
-            "so their original classes cannot be put back"
-        )
+    _check_restorable(model)
     for gone in [name] if name is not None else list(roster.configs):
         roster.configs.pop(gone)
         roster.active.pop(gone, None)
-        for _, module in list(adapted_modules(model)):
-            for part in (module.lora, module.replacements):
-                if gone in part:
-                    del part[gone]
-            if not module.lora and not module.replacements:
-                restore(module)
+        _take_out(model, gone)
     if not roster.configs:
         vars(model).pop("save_pretrained", None)
         for key, parameter in model.named_parameters():

@@ -16,5 +16,6 @@ __getattr__, __all__ = lazy_names(
         "read_adapter": "luthier.formats.folder",
         "save_adapter": "luthier.formats.adapters",
         "save_merged": "luthier.formats.merged",
+        "swap_adapter": "luthier.formats.adapters",
     },
 )

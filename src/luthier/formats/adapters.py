@@ -1,10 +1,11 @@
-"""save_adapter() and load_adapter(): between a live model and an adapter folder.
+"""save_adapter(), load_adapter() and swap_adapter(): between a live model and an adapter folder.
 
 Loading is strict: the base must be the one the adapter was trained on, and every tensor must be there, expected and of the
-right shape, or nothing is attached.
+right shape, or nothing is attached. Swapping is loading in the place of an adapter that is there.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from luthier import __version__
-from luthier.adapt.attaching import install, set_trainable
+from luthier.adapt.attaching import PairMaker, install, reinstall, set_trainable
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start, roster_of
 from luthier.adapt.switching import disabled
@@ -127,6 +128,35 @@ def load_adapter(
     Raises: AdapterFormatError, AdapterMismatchError (every missing, unexpected and mis-shaped tensor in one message, or all
     names that this model does not have), BaseMismatchError, AdapterNameError, AdapterStateError. The model is unchanged then.
     """
+    return _load(install, model, path, name, trainable=trainable, force=force, allow_pickle=allow_pickle)
+
+
+def swap_adapter(
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    force: bool = False,
+    allow_pickle: bool = False,
+) -> LoadReport:
+    """Put the adapter in the folder `path` in the place of the one called `name`: its weights, its layers and its configuration.
+
+    The model then computes what it would after a fresh load, bit for bit. Other adapters, and which ones are active at which
+    weight, stay as they are. The numbers are new parameters: an optimiser that held the old ones does not see them. With the same
+    layers, ranks and scaling a compiled model is not compiled again.
+    Raises: what load_adapter raises, and AdapterStateError if there is none of that name, while merged, or where modules that
+    are replaced whole would meet other active adapters. The model is unchanged then.
+    """
+    return _load(reinstall, model, path, name, trainable=trainable, force=force, allow_pickle=allow_pickle)
+
+
+Installer = Callable[[nn.Module, AttachPlan, str, PairMaker], AttachPlan]
+
+
+def _load(
+    put: Installer, model: nn.Module, path: str | Path, name: str, *, trainable: bool, force: bool, allow_pickle: bool
+) -> LoadReport:
     folder = read_adapter(path, allow_pickle=allow_pickle)
     tensors = {key: folder.tensors[found] for found, key in canonical_keys(folder.tensors).items()}
     described = _described(folder)
@@ -139,7 +169,7 @@ def load_adapter(
         keys = [pair_key(layer.path, role, layer.kind.word, layer.is_adalora) for role in roles]
         return tuple(_master(tensors[key], weight.device) for key in keys)
 
-    install(model, planned, name, stored_pair)
+    put(model, planned, name, stored_pair)
     with torch.no_grad():
         for item in adapter_parameters(model, name):
             if item.role in ("bias", "whole"):
