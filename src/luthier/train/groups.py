@@ -3,10 +3,11 @@
 LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns at `loraplus_lr_ratio` times the rate of A.
 LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it began, and only B is trained, by the gradient of the loss,
     dL/dB = scaling * G A^T        G: (O, I), the gradient of the layer's dense weight
-A later version of that paper, and PEFT, multiply it by (A A^T)^-1 / scaling^2: a step of plain gradient descent on B then moves
-the dense weight along G as well as A allows. Under AdamW the factor drops out, since each entry is divided by its own size, and the
-inverse does little: A's random rows are nearly orthogonal (r=16, 576 inputs, kaiming: the two gradients have a cosine of 0.988,
-and 90 % of their signs agree). So the gradient of the loss is taken as it is.
+
+A later version of that paper, and PEFT, multiply it by (A A^T)^-1 / scaling^2: a step of plain gradient descent on B then
+moves the dense weight along G as well as A allows. Under AdamW the factor drops out, since each entry is divided by its own
+size, and the inverse does little: A's random rows are nearly orthogonal (r=16, 576 inputs, kaiming: the two gradients have a
+cosine of 0.988, and 90 % of their signs agree). So the gradient of the loss is taken as it is.
 """
 
 import logging
