@@ -104,6 +104,7 @@ def estimate_memory(trainer: Trainer, held_bytes: int, calibration: Calibration 
     prepared = trainer.prepared
     rows, config = prepared.rows.train.rows, prepared.base.model.config
     batches = _micro_batches(trainer)
+    num_trained = sum(parameter.numel() for parameter in trainer.parameters)
     labelled = max(sum(label != -100 for row in batch for label in rows[row].labels) for batch in batches)
     hidden = getattr(config, "hidden_size", None) or 0
     layers = getattr(config, "num_hidden_layers", None) or 1
@@ -117,12 +118,12 @@ def estimate_memory(trainer: Trainer, held_bytes: int, calibration: Calibration 
     largest = max(_cost(trainer, batch) for batch in batches)
     working_bytes = max(largest * working, head_bytes)
     if calibration is not None:
-        gradients = prepared.plan.num_parameters * MASTER_BYTES
+        gradients = num_trained * MASTER_BYTES
         unreckoned = calibration.peak_bytes - held_bytes - gradients - calibration.largest * kept
         working_bytes = max(working_bytes, round(unreckoned + (largest - calibration.largest) * working))
     return MemoryEstimate(
         held_bytes=held_bytes,
-        optimizer_bytes=prepared.plan.num_parameters * 3 * MASTER_BYTES,
+        optimizer_bytes=num_trained * 3 * MASTER_BYTES,
         activation_bytes=round(largest * kept),
         working_bytes=working_bytes,
     )

@@ -32,6 +32,7 @@ from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
 from luthier.ops.compiler import use_compiler
 from luthier.ops.scratch import release_scratch
+from luthier.train.groups import parameter_groups
 from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory, settle_allocator
 from luthier.train.prepare import ADAPTER, Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
@@ -85,13 +86,11 @@ class Trainer:
         self.settings = prepared.settings.train
         self.model = prepared.base.model
         self.items = list(adapter_parameters(self.model, ADAPTER))
-        self.parameters = [item.parameter for item in self.items]
+        self.parameters = [item.parameter for item in self.items if item.parameter.requires_grad]
         self.started = pairs_with_start(self.model, ADAPTER)
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.settings.learning_rate,
+            parameter_groups(self.items, self.settings),
             betas=self.settings.betas,
-            weight_decay=self.settings.weight_decay,
         )
         self.ranks = RankAllocator(self.model, ADAPTER) if isinstance(prepared.plan.config, AdaLoraConfig) else None
         self.digests = {
@@ -252,7 +251,7 @@ class Trainer:
         self._check_finite("gradient norm", norm, micro_batches)
         rate = learning_rate(step, self.num_steps, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         self.optimizer.step()
         if self.ranks is not None:
             self.ranks.update(step + 1)

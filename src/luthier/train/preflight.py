@@ -40,14 +40,15 @@ def preflight(trainer: Trainer, *, timed: bool = True) -> Preflight:
     per_step = [sum(lengths[row] for batch in batches for row in batch) for _, batches in prepared.steps]
     held = held_memory()
     calibration = calibrate(trainer) if timed and trainer.progress.step < trainer.num_steps else None
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
     return Preflight(
         model=str(prepared.base.spec),
         dtype=prepared.base.dtype_choice.reason,
         rows=prepared.rows.description,
         coverage=coverage.as_dict(),
         held_out_rows=len(prepared.rows.held_out.rows) if prepared.rows.held_out else 0,
-        trained_parameters=prepared.plan.num_parameters,
-        trained_share=prepared.plan.share,
+        trained_parameters=trained,
+        trained_share=trained / max(1, prepared.plan.num_base_parameters),
         steps=trainer.num_steps,
         epochs=prepared.settings.train.epochs,
         tokens=sum(per_step),

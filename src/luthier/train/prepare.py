@@ -12,7 +12,7 @@ from luthier.adapt.attaching import attach
 from luthier.adapt.fusing import Fusion, fuse
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.adapt.ranks import check_schedule
-from luthier.adapt.state import roster_of
+from luthier.adapt.state import adapter_parameters, roster_of
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.methods import keeps_start
@@ -26,6 +26,7 @@ from luthier.formats.adapters import check_base, fingerprint_of, load_adapter
 from luthier.formats.fingerprint import Fingerprint
 from luthier.formats.folder import read_adapter
 from luthier.models.load import LoadedModel, load_model
+from luthier.train.groups import freeze_lora_A
 from luthier.train.schedule import Step, plan_steps
 from luthier.train.settings import DataSettings, RunSettings
 
@@ -86,6 +87,11 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     else:
         load_adapter(base.model, adapter, ADAPTER, trainable=True)
         planned = plan(base.model, lora)
+    if settings.train.freeze_A:
+        frozen = freeze_lora_A(adapter_parameters(base.model, ADAPTER))
+        planned = replace(
+            planned, warnings=(*planned.warnings, f"train.freeze_A: lora_A ({frozen:,} of these) stays as it began")
+        )
     fingerprint = fingerprint_of(base.model)
     fusion = fuse(base.model) if settings.train.kernels == "fused" else Fusion(reason="train.kernels is plain")
     packed = settings.train.packing and can_take_packed(base.model, rows.train.rows)

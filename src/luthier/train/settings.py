@@ -60,6 +60,13 @@ class TrainSettings(Settings):
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: about ten in a run")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at every evaluation")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, allow_inf_nan=False, description="LoRA+: the learning rate of lora_B as a multiple of lora_A's"
+    )
+    loraplus_lr_embedding: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="LoRA+: peak learning rate of adapted embeddings; default 1e-6"
+    )
+    freeze_A: bool = Field(False, description="LoRA-FA: lora_A stays as it began, only lora_B is trained")
 
 
 class RunSettings(Settings):
@@ -99,6 +106,10 @@ class RunSettings(Settings):
             raise ValueError("train.patience needs held-out rows: set data.eval_path or data.eval_fraction")
         if (self.data.prompt is None) != (self.data.completion is None):
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
+        if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
+            raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
+        if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":
+            raise ValueError("train.freeze_A freezes an A of half the rank with init 'orthogonal'; use another init")
         return self
 
     def digest(self) -> str:

@@ -103,6 +103,15 @@ def test_a_run_resumed_again_and_again_ends_with_the_same_bits(run_settings: Mak
     assert outcome(cut) == outcome(whole_run)
 
 
+def test_groups_and_frozen_factors_resume_with_the_same_bits(run_settings: Make) -> None:
+    ways = {"train": LIVELY["train"] | {"loraplus_lr_ratio": 4.0, "freeze_A": True, "weight_decay": 0.1, "learning_rate": 0.01}}
+    whole = run_settings(out="whole", **ways, lora={"modules_to_save": ["norm"]})
+    train(whole)
+    cut = crashed_run(run_settings(out="cut", **ways, lora={"modules_to_save": ["norm"]}), 4)
+    resume(cut)
+    assert outcome(cut) == outcome(Path(whole.out))
+
+
 @pytest.mark.parametrize("init", ["pissa_niter_2", "orthogonal"])
 def test_what_pairs_began_with_is_taken_up_from_the_checkpoint(init: str, run_settings: Make) -> None:
     """Their start is not worked out again: another number of threads, or another seed, would give another one."""
