@@ -234,7 +234,7 @@ def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False) -> 
     give_b_values(named)
     fuse(model)
     use_compiler(compiled)
-    settle_allocator()
+    settle_allocator(itemsize=dtype_of(arguments).itemsize)
     ids = batches(arguments, base.tokenizer)
 
     def loss_of(batch: Any) -> Any:

@@ -22,6 +22,10 @@ class Kept(Protocol):
     def restored(self) -> nn.Parameter:
         """Return the original parameter, bit for bit."""
 
+    @property
+    def identity(self) -> object:
+        """Return an object that stands for this parameter and lives as long as this does: the same for tied weights."""
+
 
 class Keeper(Protocol):
     """Keeps the originals of one merge."""
@@ -37,6 +41,10 @@ class KeptInMemory:
         self.parameter = parameter
 
     def restored(self) -> nn.Parameter:
+        return self.parameter
+
+    @property
+    def identity(self) -> object:
         return self.parameter
 
 
@@ -66,6 +74,10 @@ class KeptInFile:
         if _digest(tensor) != self.digest:
             raise StorageError(f"{self.path} no longer holds the original bytes of {self.name}; reload the base model")
         return nn.Parameter(tensor.to(self.device), requires_grad=self.requires_grad)
+
+    @property
+    def identity(self) -> object:
+        return self  # what `restored` returns is a new object each time
 
 
 class _TemporaryFolder:
@@ -139,6 +151,10 @@ class CheckpointKeeper:
 class _NotKept:
     def restored(self) -> nn.Parameter:
         raise AdapterStateError("the adapter was merged with keep='nothing'; the base weights are gone. Load the base again.")
+
+    @property
+    def identity(self) -> object:
+        return self
 
 
 class NothingKeeper:

@@ -103,7 +103,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.startswith(inside):
             continue
-        tensor = merged[name].kept.restored() if name in merged else parameter
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()
+        identity = merged[name].kept.identity if name in merged else parameter
+        if id(identity) not in seen:
+            seen.add(id(identity))
+            yield name, (merged[name].kept.restored() if name in merged else parameter).detach()

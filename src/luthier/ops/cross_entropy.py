@@ -76,11 +76,13 @@ class _LabelledCrossEntropy(Function):
                 h = x @ A_RI.T
                 z.addmm_(h, B_VR.T)
             z = z.to(wide)
-            log_sum = torch.logsumexp(z, dim=-1, keepdim=True)
-            total += (log_sum - z.gather(1, target)).sum(dtype=torch.float64)
+            # All in the memory of the logits: logsumexp would take as much again, and its exponentials are needed below.
+            of_target, highest = z.gather(1, target), z.amax(dim=-1, keepdim=True)
+            sums = z.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+            total += (sums.log() + highest - of_target).sum(dtype=torch.float64)
             if d_hidden is None:
                 continue
-            d_z = z.sub_(log_sum).exp_().scatter_add_(1, target, z.new_full((), -1.0).expand_as(target)).to(products)
+            d_z = z.div_(sums).scatter_add_(1, target, z.new_full((), -1.0).expand_as(target)).to(products)
             d_x = torch.zeros_like(x)
             for entries, weight_VI in row_slices(weight, products):
                 d_x.addmm_(d_z[:, entries], weight_VI)

@@ -105,8 +105,9 @@ class Trainer:
         self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
         self.stop_requested = False
         self.peak_bytes = 0
-        device = next(self.model.parameters()).device
-        self.allocator = settle_allocator(device.type)
+        weight = next(self.model.parameters())
+        device = weight.device
+        self.allocator = settle_allocator(device.type, weight.itemsize)
         self.keeps_memory = self.allocator.startswith("freed blocks")
         self.is_compiled = use_compiler(self._wants_compiler(), device)
         if self.settings.gradient_checkpointing:

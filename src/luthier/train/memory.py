@@ -18,6 +18,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 LARGEST_KEPT = 2**30
 """Bytes of the largest block that is kept; the largest temporary must be below."""
+SMALLEST_MAPPED = 2**21
+"""Bytes of the smallest block that is mapped alone: what lives for a moment (`luthier.ops`) is smaller, or shares a buffer."""
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -47,28 +49,38 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def settle_allocator(device: str = "cpu") -> str:
-    """Keep freed memory where that is worth its price, and return what was done and why, in words.
+def settle_allocator(device: str = "cpu", itemsize: int = 4) -> str:
+    """Keep freed memory, or give it back at once, where that is worth its price; return what was done and why, in words.
 
     Where a processor has bf16 units, products are so fast that paging takes half a step. Elsewhere no gain was measured, and kept
-    memory fragments: the peak is up to a fifth higher.
+    memory fragments: the peak is up to a fifth higher. A base of 16 bits (`itemsize` 2) is chosen there for memory's sake.
     """
     if device != "cpu":
         return "left as it is: the tensors are not in this process's memory"
-    if fast_bf16_unit() is None:
-        return "left as it is: on this processor paging is a small part of a step"
-    return keep_freed_memory()
+    if fast_bf16_unit() is not None:
+        return keep_freed_memory()
+    return give_back_large_blocks() if itemsize <= 2 else "left as it is: on this processor paging is a small part of a step"
 
 
 def keep_freed_memory() -> str:
     """Let this process keep what it frees, where the allocator is glibc's; return what was done, in words."""
+    words = f"freed blocks up to {LARGEST_KEPT >> 30} GiB are kept for reuse (mallopt)"
+    return _mallopt(words, (M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back_large_blocks() -> str:
+    """Let this process map each large block alone, so that nothing fragments, where the allocator is glibc's; return words."""
+    words = f"blocks from {SMALLEST_MAPPED >> 20} MiB are given back when they are free (mallopt): 16 bits save memory"
+    return _mallopt(words, (M_MMAP_THRESHOLD, SMALLEST_MAPPED))
+
+
+def _mallopt(words: str, *settings: tuple[int, int]) -> str:
     if platform.libc_ver()[0] != "glibc":
         return "left to the system's allocator"
     if "tcmalloc" in _loaded() or "jemalloc" in _loaded():
         return "left to the preloaded allocator"
     libc = ctypes.CDLL(None)
-    done = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    return f"freed blocks up to {LARGEST_KEPT >> 30} GiB are kept for reuse (mallopt)" if done else "mallopt refused"
+    return words if all(libc.mallopt(*setting) for setting in settings) else "mallopt refused"
 
 
 def release_freed_memory() -> None:

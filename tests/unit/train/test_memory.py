@@ -155,3 +155,27 @@ def test_memory_is_kept_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> N
     assert settle_allocator("cuda").startswith("left as it is")
     monkeypatch.setattr(memory, "fast_bf16_unit", lambda: None)
     assert settle_allocator().startswith("left as it is")
+
+
+def test_16_bits_without_units_are_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "give_back_large_blocks", lambda: "given back")
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: "kept")
+    monkeypatch.setattr(memory, "fast_bf16_unit", lambda: None)
+    assert settle_allocator(itemsize=2) == "given back"
+    monkeypatch.setattr(memory, "fast_bf16_unit", lambda: "AMX")
+    assert settle_allocator(itemsize=2) == "kept"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_a_large_block_that_is_free_is_the_kernels_again() -> None:
+    program = (
+        "import torch; from luthier.train.memory import give_back_large_blocks, held_memory\n"
+        "kept = [torch.ones(2**20) for _ in range(3)]\n"  # 4 MiB each
+        "del kept; print(give_back_large_blocks())\n"
+        "before = held_memory(); blocks = [torch.ones(2**20) for _ in range(20)]; stays = torch.ones(2**20)\n"
+        "full = held_memory(); del blocks; print(full - before, held_memory() - before)"
+    )
+    lines = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+    full, left = map(int, lines[1].split())
+    assert lines[0].startswith("blocks from 2 MiB")
+    assert full > 80 * 2**20 and left < 8 * 2**20
