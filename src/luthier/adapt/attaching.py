@@ -32,11 +32,14 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
     return install(model, plan(model, config), name, _fresh_pair)
 
 
-PairMaker = Callable[[AttachPlan, PlannedLayer, torch.device], tuple[Tensor, Tensor]]
+PairMaker = Callable[[AttachPlan, PlannedLayer, torch.device], tuple[Tensor, ...]]
 
 
 def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
-    """Carry out a plan: attach `name` with the pairs (lora_A, lora_B in float32) that `make_pair` returns for each layer."""
+    """Carry out a plan: attach `name` with the pairs that `make_pair` returns for each layer.
+
+    That is lora_A and lora_B in float32, and lora_bias where the layer has one.
+    """
     if planned.saved:
         unfuse(model)  # a fused block calls its parts itself and would pass by one that is replaced as a whole
     roster = find_roster(model)
@@ -130,16 +133,16 @@ def _check_restorable(model: nn.Module) -> None:
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
-    lora_A, lora_B = make_pair(planned, layer, cast(Tensor, module.weight).device)
+    lora_A, lora_B, *lora_bias = make_pair(planned, layer, cast(Tensor, module.weight).device)
     bias = whole_bias(module) if layer.trains_bias else None
-    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias).train(module.training)
+    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias, *lora_bias).train(module.training)
 
 
-def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:
+def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, ...]:
     sizes, init = (layer.r, layer.in_features, layer.out_features), planned.config.init_lora_weights
     if layer.kind.word == "embedding":
         return init_embedding_pair(*sizes, init, device)
-    return init_linear_pair(*sizes, init, device, layer.kernel, layer.groups)
+    return init_linear_pair(*sizes, init, device, layer.kernel, layer.groups, layer.lora_bias)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

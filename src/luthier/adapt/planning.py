@@ -30,6 +30,7 @@ class PlannedLayer:
     trains_bias: bool
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    lora_bias: bool = False
 
     @property
     def shape_A(self) -> tuple[int, ...]:
@@ -41,7 +42,7 @@ class PlannedLayer:
 
     @property
     def num_pair_parameters(self) -> int:
-        return math.prod(self.shape_A) + math.prod(self.shape_B)
+        return math.prod(self.shape_A) + math.prod(self.shape_B) + self.lora_bias * self.out_features
 
     @property
     def num_parameters(self) -> int:
@@ -105,6 +106,8 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             faults.append(f"{path}: {reason}")
         elif whole := _holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
+        elif config.lora_bias and kind.word == "embedding":
+            faults.append(f"{path} is an embedding, which lora_bias is not made for; leave one of them out")
         elif (layer := _planned(config, path, module, kind)).r % layer.groups:
             faults.append(
                 f"{path} has {layer.groups} groups, which do not divide r={layer.r}; set rank_pattern for it, or leave it out"
@@ -179,7 +182,9 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     trains_bias = config.bias != "none" and getattr(module, "bias", None) is not None
     scaling = lora_scaling(r, lora_alpha, config.use_rslora)
     kernel, groups = kind.kernel(module), kind.groups(module)
-    return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, kernel, groups)
+    return PlannedLayer(
+        path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, kernel, groups, config.lora_bias
+    )
 
 
 def _unmatched(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:

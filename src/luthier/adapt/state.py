@@ -62,7 +62,9 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AdapterParameter:
-    """One trained tensor: `role` is lora_A, lora_B or bias of the pair at `path`, or `whole` with the replaced one's key."""
+    """One trained tensor: `role` is its name in the pair at `path` (lora_A, lora_B, lora_bias, bias), or `whole` with the key of
+    the replaced one.
+    """
 
     path: str
     role: str

@@ -42,6 +42,7 @@ class LoraConfig(Settings):
     task_type: str | None = Field(None, description="PEFT's task type; kept for the file")
     base_model_name_or_path: str | None = Field(None, description="where the base came from; informational")
     revision: str | None = Field(None, description="revision of the base; informational")
+    lora_bias: bool = Field(False, description="give lora_B a bias of its own, scaled like the update")
 
     @field_validator("rank_pattern")
     @classmethod
@@ -73,6 +74,10 @@ class LoraConfig(Settings):
             raise ValueError(
                 "layers_to_transform has an effect only where target_modules is a list of names; "
                 "put the indices into the regular expression, or list the names"
+            )
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ValueError(
+                f"lora_bias starts at zero or random; init_lora_weights must be True or False, not {self.init_lora_weights!r}"
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")

@@ -27,7 +27,6 @@ _UNUSED: dict[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "monteclora_config": None,

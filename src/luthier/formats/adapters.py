@@ -26,7 +26,7 @@ from luthier.formats.adapter_config import dump_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
-from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, whole_key
+from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, whole_key
 from luthier.layers.base import own_parameters
 
 log = logging.getLogger(__name__)
@@ -144,11 +144,9 @@ def _load(
     verdict = compare(trained_on, fingerprint_of(model))
     _judge(verdict, described, force)
 
-    def stored_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:
-        return (
-            _master(tensors[pair_key(layer.path, "lora_A", layer.kind.word)], device),
-            _master(tensors[pair_key(layer.path, "lora_B", layer.kind.word)], device),
-        )
+    def stored_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, ...]:
+        roles = [role for role in pair_shapes(layer) if role != "bias"]
+        return tuple(_master(tensors[pair_key(layer.path, role, layer.kind.word)], device) for role in roles)
 
     put(model, planned, name, stored_pair)
     with torch.no_grad():

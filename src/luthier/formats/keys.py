@@ -15,9 +15,11 @@ PREFIX = "base_model.model."
 
 
 def pair_key(path: str, role: str, word: str) -> str:
-    """Return the key of one tensor of a pair: `role` is lora_A, lora_B or bias, `word` the kind of layer."""
+    """Return the key of one tensor of a pair: `role` is lora_A, lora_B, lora_bias or bias, `word` the kind of layer."""
     if role == "bias":
         return f"{PREFIX}{path}.base_layer.bias"
+    if role == "lora_bias":
+        return f"{PREFIX}{path}.lora_B.bias"
     return (
         f"{PREFIX}{path}.{role.replace('lora_', 'lora_embedding_')}" if word == "embedding" else f"{PREFIX}{path}.{role}.weight"
     )
@@ -36,7 +38,8 @@ def whole_key(path: str, key: str) -> str:
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
     shapes: dict[str, tuple[int, ...]] = {"lora_A": layer.shape_A, "lora_B": layer.shape_B}
-    return shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
+    biases = {"lora_bias": layer.lora_bias, "bias": layer.trains_bias}
+    return shapes | {role: (layer.out_features,) for role, has_it in biases.items() if has_it}
 
 
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -66,5 +69,5 @@ def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _without_name(key: str) -> str:
-    key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
+    key = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", key)
     return re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", key)
