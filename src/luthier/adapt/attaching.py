@@ -17,6 +17,7 @@ from luthier.core.names import check_adapter_name
 from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, restore, whole_bias, whole_copy
 from luthier.layers.pair import LoraPair
 from luthier.layers.roster import Roster
+from luthier.layers.tokens import TokenRows
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def reinstall(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairM
     check_whole(model, roster)
     _check_restorable(model)
     others = [other for other in roster.active if other != name]
-    replacing = bool(planned.saved or planned.biases)
+    replacing = bool(planned.saved or planned.biases or planned.tables)
     replacing |= any(other in module.replacements for _, module in adapted_modules(model) for other in others)
     if replacing and name in roster.active and roster.active != {name: 1.0}:
         raise AdapterStateError(
@@ -100,7 +101,13 @@ def _made(planned: AttachPlan, modules: dict[str, nn.Module], make_pair: PairMak
     """Return the pairs and the replacements (by path) of a plan."""
     pairs = {layer: _pair(planned, layer, modules[layer.path], make_pair) for layer in planned.layers}
     replacements = {path: whole_copy(modules[path]) for path in planned.saved}
-    return pairs, replacements | {path: bias_copy(modules[path]) for path in planned.biases}
+    replacements |= {path: bias_copy(modules[path]) for path in planned.biases}
+    for table in planned.tables:
+        weight = cast(Tensor, modules[table.path].weight).detach()
+        indices = torch.tensor(table.tokens, device=weight.device)
+        rows = nn.Parameter(weight[indices].to(torch.promote_types(weight.dtype, torch.float32)))
+        replacements |= {path: TokenRows(indices, rows, is_tied=path != table.path) for path in (table.path, *table.tied)}
+    return pairs, replacements
 
 
 def _put(planned: AttachPlan, modules: dict[str, nn.Module], made: Made, roster: Roster, name: str) -> None:

@@ -103,7 +103,7 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
                         raise AdapterStateError(f"{path} has no {key} that lora_bias could be folded into; leave it unmerged")
                     deltas.setdefault(key, []).append(delta)
             if name in module.replacements:
-                replaced |= {key: trained.detach() for key, trained in module.replaced_parameters(name, every_name=True)}
+                replaced |= module.replaced_tensors(name)
         # One adapter may replace a layer that another one adapts: the update goes on top of the replacement, as it runs.
         for key in replaced | deltas:
             owner_path, _, last = key.rpartition(".")

@@ -4,8 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from luthier.adapt.state import adapter_prefixes
 from luthier.core.config import ALL_LINEAR, LoraConfig
@@ -50,6 +51,20 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
+class PlannedTable:
+    """A table of which the rows of some tokens are trained; `tied` are the other modules that hold its weight."""
+
+    path: str
+    tokens: tuple[int, ...]
+    columns: int
+    tied: tuple[str, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return len(self.tokens) * self.columns
+
+
+@dataclass(frozen=True)
 class AttachPlan:
     """What an adapter would consist of. `saved` and `biases` map paths of replaced modules to their trained parameters."""
 
@@ -59,11 +74,13 @@ class AttachPlan:
     biases: dict[str, int]
     num_base_parameters: int
     warnings: tuple[str, ...] = field(default=())
+    tables: tuple[PlannedTable, ...] = field(default=())
 
     @property
     def num_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(layer.num_parameters for layer in self.layers) + sum(self.saved.values()) + sum(self.biases.values())
+        counts = [*self.saved.values(), *self.biases.values(), *(table.num_parameters for table in self.tables)]
+        return sum(layer.num_parameters for layer in self.layers) + sum(counts)
 
     @property
     def share(self) -> float:
@@ -79,6 +96,7 @@ class AttachPlan:
         for (name, in_features, out_features, r, each), count in names.items():
             lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
         lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
+        lines += [f"  {len(table.tokens)} rows of {table.path} ({table.num_parameters:,})" for table in self.tables]
         if self.biases:
             lines.append(f"  {len(self.biases)} more biases ({sum(self.biases.values()):,})")
         lines += [f"  note: {warning}" for warning in self.warnings]
@@ -125,11 +143,13 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             if reason := why_hidden(module, modules[path.rpartition(".")[0]]):
                 faults.append(f"bias='all' trains the bias of {path}: {reason}")
             biases[path] = bias.numel()
+    tables = _planned_tables(model, modules, config)
+    held = {*saved, *biases, *(layer.path for layer in layers)}
+    faults += _table_faults(modules, tables, held)
     if faults:
         raise TargetError(_listed(f"the configuration does not fit this {_class_name(model)} ({len(faults)} faults)", faults))
-    return AttachPlan(
-        config, tuple(layers), saved, biases, _count(model), _warnings(model, modules, given, config, layers, saved)
-    )
+    warnings = _warnings(model, modules, given, config, layers, saved)
+    return AttachPlan(config, tuple(layers), saved, biases, _count(model), warnings, tuple(tables))
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -221,6 +241,48 @@ def _saved_faults(modules: dict[str, nn.Module], saved: dict[str, int]) -> list[
         if not any(True for _ in own_parameters(modules[path])):
             faults.append(f"modules_to_save: {path} has no parameters to train")
     return faults
+
+
+def _planned_tables(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[PlannedTable]:
+    wanted = config.trainable_token_indices or {}
+    if isinstance(wanted, list):
+        find_table = getattr(model, "get_input_embeddings", None)
+        table = find_table() if find_table else None
+        wanted = {next((path for path, module in modules.items() if module is table), "embed_tokens"): wanted}
+    tied, tables, covered = _tied_modules(model), [], dict[str, tuple[int, ...]]()
+    for name, tokens in wanted.items():
+        for path in [path for path in modules if matches_name(name, path)] or [name]:
+            if covered.get(path) == tuple(tokens):
+                continue  # named beside a table whose weight it shares, with the same tokens: they are trained once
+            weight = modules[path]._parameters.get("weight") if path in modules else None
+            others = [other for other in tied.get(id(weight), []) if other != path]
+            covered |= dict.fromkeys(others, tuple(tokens))
+            columns = weight.shape[-1] if weight is not None and weight.ndim else 0
+            tables.append(PlannedTable(path, tuple(tokens), columns, tuple(others)))
+    return tables
+
+
+def _table_faults(modules: dict[str, nn.Module], tables: list[PlannedTable], held: set[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for table in tables:
+        what, tokens = f"trainable_token_indices: {table.path}", table.tokens
+        if table.path not in modules:
+            yield f"{what} matches nothing.{did_you_mean(table.path, [path for path in modules if path])}"
+            continue
+        for path in (table.path, *table.tied):
+            kind = layer_kind(modules[path])
+            if kind is None or kind.word not in ("embedding", "linear"):
+                yield f"{what}: {path} is a {_class_name(modules[path])}; only Embedding and Linear layers have rows for tokens"
+            elif reason := why_not(modules[path], modules[path.rpartition(".")[0]]):
+                yield f"{what}: {path}: {reason}"
+            elif path in held or path in seen or _holder(path, dict.fromkeys(held, 0)):
+                yield f"{what}: {path} is adapted or trained otherwise by this configuration too; choose one"
+            seen.add(path)
+        rows = cast(Tensor, modules[table.path]._parameters["weight"]).shape[0] if table.columns else 0
+        if bad := [token for token in tokens if not 0 <= token < rows]:
+            yield f"{what} has {rows} rows; there is no row for tokens {bad[:10]}"
+        if len(set(tokens)) < len(tokens) or not tokens:
+            yield f"{what}: the list of tokens is empty or names one twice"
 
 
 def _holder(path: str, saved: dict[str, int]) -> str | None:

@@ -44,6 +44,10 @@ class LoraConfig(Settings):
     revision: str | None = Field(None, description="revision of the base; informational")
     lora_bias: bool = Field(False, description="give lora_B a bias of its own, scaled like the update")
 
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
+        None, description="tokens whose rows of the input embeddings are trained, or module name -> such tokens"
+    )
+
     @field_validator("rank_pattern")
     @classmethod
     def _ranks_are_positive(cls, ranks: dict[str, int]) -> dict[str, int]:
@@ -68,7 +72,7 @@ class LoraConfig(Settings):
                 re.compile(expression)
             except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
-        if not self.target_modules and not self.modules_to_save:
+        if not self.target_modules and not self.modules_to_save and not self.trainable_token_indices:
             raise ValueError("target_modules is empty and modules_to_save too: nothing would be trained")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(

@@ -31,7 +31,6 @@ _UNUSED: dict[str, Any] = {
     "megatron_config": None,
     "monteclora_config": None,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
     "use_qalora": False,
@@ -94,6 +93,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
         values["init_lora_weights"] = True
     if values.get("target_modules") is None:
         values["target_modules"] = []
+    values["trainable_token_indices"] = values.get("trainable_token_indices") or None
     for key in ("rank_pattern", "alpha_pattern"):
         values[key] = values.get(key) or {}
     values["layers_pattern"] = values.get("layers_pattern") or None  # PEFT takes "" and [] for "any"

@@ -26,7 +26,7 @@ from luthier.formats.adapter_config import dump_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
-from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, whole_key
+from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, rows_key, whole_key
 from luthier.layers.base import own_parameters
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _load(
     put(model, planned, name, stored_pair)
     with torch.no_grad():
         for item in adapter_parameters(model, name):
-            if item.role in ("bias", "whole"):
+            if item.role in ("bias", "whole", "rows"):
                 item.parameter.copy_(tensors[item_key(item)])
     set_trainable(model, name, trainable)
     return LoadReport(name, planned, verdict, folder)
@@ -198,6 +198,7 @@ def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
             if id(parameter) in own:
                 whole[whole_key(path, key)] = tuple(parameter.shape)
     whole |= {whole_key(path, "bias"): (count,) for path, count in planned.biases.items()}
+    whole |= {rows_key(table.path): (len(table.tokens), table.columns) for table in planned.tables}
     expected = expected_shapes(planned, whole)
     found = {key: tensor for key, tensor in tensors.items() if key in expected or not _is_copy(key, tensors, modules)}
     faults = [f"{_short(key)} is missing" for key in expected if key not in found]

@@ -27,12 +27,19 @@ def pair_key(path: str, role: str, word: str) -> str:
 
 def item_key(item: AdapterParameter) -> str:
     """Return the key of one trained tensor."""
+    if item.role == "rows":
+        return rows_key(item.path)
     return whole_key(item.path, item.key) if item.kind is None else pair_key(item.path, item.role, item.kind.word)
 
 
 def whole_key(path: str, key: str) -> str:
     """Return the key of a replaced parameter."""
     return f"{PREFIX}{path}.{key}"
+
+
+def rows_key(path: str) -> str:
+    """Return the key of the trained rows of a table."""
+    return f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"
 
 
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
