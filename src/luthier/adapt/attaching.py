@@ -14,7 +14,7 @@ from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError, AdapterStateError
 from luthier.core.lora import init_embedding_pair, init_linear_pair
 from luthier.core.names import check_adapter_name
-from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, restore, whole_bias, whole_copy
+from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, own_parameters, restore, whole_bias, whole_copy
 from luthier.layers.pair import LoraPair
 from luthier.layers.roster import Roster
 from luthier.layers.tokens import TokenRows
@@ -39,7 +39,7 @@ PairMaker = Callable[[AttachPlan, PlannedLayer, torch.device], tuple[Tensor, ...
 def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
     """Carry out a plan: attach `name` with the pairs that `make_pair` returns for each layer.
 
-    That is lora_A and lora_B in float32, and lora_bias where the layer has one.
+    That is the tensors of `PlannedLayer.shapes` in float32, in that order.
     """
     if planned.saved:
         unfuse(model)  # a fused block calls its parts itself and would pass by one that is replaced as a whole
@@ -140,15 +140,25 @@ def _check_restorable(model: nn.Module) -> None:
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
-    lora_A, lora_B, *lora_bias = make_pair(planned, layer, cast(Tensor, module.weight).device)
+    lora_A, lora_B, *others = make_pair(planned, layer, next(own_parameters(module)).device)
     bias = whole_bias(module) if layer.trains_bias else None
-    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias, *lora_bias).train(module.training)
+    if layer.kind.word == "attention":
+        out_A, out_B = others
+        pair = LoraPair(lora_A, lora_B, layer.scaling, out=LoraPair(out_A, out_B, layer.scaling))
+    else:
+        lora_bias = others[0] if others else None
+        pair = LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias, lora_bias)
+    return pair.train(module.training)
 
 
 def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, ...]:
     sizes, init = (layer.r, layer.in_features, layer.out_features), planned.config.init_lora_weights
     if layer.kind.word == "embedding":
         return init_embedding_pair(*sizes, init, device)
+    if layer.kind.word == "attention":
+        inner = (layer.r, layer.in_features, layer.in_features, init, device)
+        init_linear_pair(*inner)  # PEFT draws the output projection's pair twice, and keeps the second
+        return *init_linear_pair(*sizes, init, device), *init_linear_pair(*inner)
     return init_linear_pair(*sizes, init, device, layer.kernel, layer.groups, layer.lora_bias)
 
 

@@ -99,7 +99,7 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
         for name, weight in roster.active.items():
             if name in module.lora:
                 for key, delta in module.folded_deltas(cast(LoraPair, module.lora[name]), weight).items():
-                    if module._parameters[key] is None:
+                    if key == "bias" and module._parameters[key] is None:
                         raise AdapterStateError(f"{path} has no {key} that lora_bias could be folded into; leave it unmerged")
                     deltas.setdefault(key, []).append(delta)
             if name in module.replacements:

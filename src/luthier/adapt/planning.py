@@ -34,16 +34,21 @@ class PlannedLayer:
     lora_bias: bool = False
 
     @property
-    def shape_A(self) -> tuple[int, ...]:
-        return (self.r, self.in_features, *self.kernel)
-
-    @property
-    def shape_B(self) -> tuple[int, ...]:
-        return (self.out_features, self.r // self.groups, *(1 for _ in self.kernel))
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Role -> shape of the tensors of the pair, in the order in which they are made."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (self.r, self.in_features, *self.kernel),
+            "lora_B": (self.out_features, self.r // self.groups, *(1 for _ in self.kernel)),
+        }
+        if self.lora_bias:
+            shapes["lora_bias"] = (self.out_features,)
+        if self.kind.word == "attention":
+            shapes |= {"out.lora_A": (self.r, self.in_features), "out.lora_B": (self.in_features, self.r)}
+        return shapes
 
     @property
     def num_pair_parameters(self) -> int:
-        return math.prod(self.shape_A) + math.prod(self.shape_B) + self.lora_bias * self.out_features
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def num_parameters(self) -> int:
@@ -118,12 +123,14 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             continue
         kind = layer_kind(module)
         if kind is None:
-            only = "only Linear, Embedding, Conv1D and Conv1d/2d/3d layers can be adapted"
+            only = "only Linear, Embedding, Conv1D, Conv1d/2d/3d and MultiheadAttention layers can be adapted"
             faults.append(f"{path} is a {_class_name(module)}; {only}")
         elif reason := why_not(module, modules[path.rpartition(".")[0]]):
             faults.append(f"{path}: {reason}")
         elif whole := _holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
+        elif kind.word == "attention" and (config.lora_bias or config.bias != "none"):
+            faults.append(f"{path} is a MultiheadAttention, which bias and lora_bias are not made for; leave one of them out")
         elif config.lora_bias and kind.word == "embedding":
             faults.append(f"{path} is an embedding, which lora_bias is not made for; leave one of them out")
         elif (layer := _planned(config, path, module, kind)).r % layer.groups:
@@ -326,8 +333,9 @@ def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: l
             yield f"layers_to_transform index {index} matches no adapted layer and has no effect"
     if config.bias == "lora_only" and layers and not any(layer.trains_bias for layer in layers):
         yield "bias='lora_only' has no effect: no adapted layer has a bias"
-    if config.lora_dropout and any(layer.kind.word == "embedding" for layer in layers):
-        yield "lora_dropout has no effect on embedding layers"
+    for word in ("embedding", "attention"):
+        if config.lora_dropout and any(layer.kind.word == word for layer in layers):
+            yield f"lora_dropout has no effect on {word} layers"
 
 
 def _left_out(modules: dict[str, nn.Module], given: LoraConfig) -> Iterator[str]:

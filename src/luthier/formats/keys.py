@@ -15,7 +15,9 @@ PREFIX = "base_model.model."
 
 
 def pair_key(path: str, role: str, word: str) -> str:
-    """Return the key of one tensor of a pair: `role` is lora_A, lora_B, lora_bias or bias, `word` the kind of layer."""
+    """Return the key of one tensor of a pair: `role` is one of `PlannedLayer.shapes` or bias, `word` the kind of layer."""
+    if role.startswith("out."):
+        return pair_key(f"{path}.base_layer.out_proj", role.removeprefix("out."), word)
     if role == "bias":
         return f"{PREFIX}{path}.base_layer.bias"
     if role == "lora_bias":
@@ -44,9 +46,7 @@ def rows_key(path: str) -> str:
 
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": layer.shape_A, "lora_B": layer.shape_B}
-    biases = {"lora_bias": layer.lora_bias, "bias": layer.trains_bias}
-    return shapes | {role: (layer.out_features,) for role, has_it in biases.items() if has_it}
+    return layer.shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
 
 
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -135,7 +135,7 @@ def whole_copy(module: nn.Module) -> nn.Module:
 
 def bias_copy(module: nn.Module) -> nn.Module:
     """Return a shallow copy of a module that owns a float32 bias and shares every other parameter with it."""
-    clone = _bare(module)
+    clone = bare(module)
     clone._parameters["bias"] = nn.Parameter(whole_bias(module))
     return clone
 
@@ -145,7 +145,7 @@ def whole_bias(module: nn.Module) -> Tensor:
     return _master(cast(Tensor, module.bias).detach())
 
 
-def _bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
+def bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
     """Return a shallow copy of a module in its original class, without adapters, with dictionaries of its own."""
     clone = copy.copy(module)
     clone._parameters, clone._buffers = dict(module._parameters), dict(module._buffers)
@@ -163,7 +163,7 @@ def _bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
 def _bare_tree(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in done:
         # Below the top the hooks stay: there the copy is called instead of the module.
-        clone = _bare(module, with_hooks=bool(done))
+        clone = bare(module, with_hooks=bool(done))
         done[id(module)] = clone
         clone._modules = {key: child and _bare_tree(child, done) for key, child in clone._modules.items()}
     return done[id(module)]

@@ -8,7 +8,8 @@ from luthier.core.lora import lora_delta
 class LoraPair(nn.Module):
     """lora_A (R, I) and lora_B (O, R) in float32, their scaling, and the layer's own bias (O,) where the adapter trains it.
 
-    `lora_bias` (O,) is a bias of lora_B, which adds scaling * lora_bias whatever the input is.
+    `lora_bias` (O,) is a bias of lora_B, which adds scaling * lora_bias whatever the input is. `out` is the pair of the output
+    projection, where the layer is attention.
 
     For an embedding I is the number of rows of the table.
     """
@@ -21,6 +22,7 @@ class LoraPair(nn.Module):
         dropout: float = 0.0,
         bias: Tensor | None = None,
         lora_bias: Tensor | None = None,
+        out: "LoraPair | None" = None,
     ):
         super().__init__()
         self.lora_A = nn.Parameter(lora_A)
@@ -28,6 +30,7 @@ class LoraPair(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
         self.lora_bias = None if lora_bias is None else nn.Parameter(lora_bias)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.out = out
         self.scaling = scaling
 
     @property
