@@ -122,7 +122,7 @@ def swap_adapter(
 
     The model then computes what it would after a fresh load, bit for bit. Other adapters, and which ones are active at which
     weight, stay as they are. The numbers are new parameters: an optimiser that held the old ones does not see them. With the same
-    layers, ranks and scaling a compiled model is not compiled again.
+    layers, ranks and scaling a compiled model is not compiled again; a first change of the scaling alone costs one compilation.
     Raises: what load_adapter raises, and AdapterStateError if there is none of that name, while merged, or where modules that
     are replaced whole would meet other active adapters. The model is unchanged then.
     """
