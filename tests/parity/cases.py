@@ -132,6 +132,17 @@ CASES = [
     Case("convolution-grouped", "convolutions", {"r": 4, "target_modules": ["grouped", "plane"]}),
     Case("convolutions-bias", "convolutions", {"r": 2, "target_modules": ["line", "volume"], "bias": "all"}),
     Case("convolutions-lora-only", "convolutions", {"r": 2, "target_modules": ["line", "plane"], "bias": "lora_only"}),
+    Case("lora-bias", "llama-bias", {"r": 4, "lora_alpha": 10, "target_modules": QV, "lora_bias": True}),
+    Case("lora-bias-random", "llama-bias", {"r": 3, "target_modules": QV, "lora_bias": True, "init_lora_weights": False}),
+    Case("lora-bias-beside-bias", "llama-bias", {"r": 2, "target_modules": QV, "lora_bias": True, "bias": "all"}),
+    Case("lora-bias-conv1d", "gpt2", {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn", "c_fc"], "lora_bias": True}),
+    Case("lora-bias-convolutions", "convolutions", {"r": 2, "target_modules": ["line", "plane"], "lora_bias": True}),
+    Case("tokens", "llama", {"r": 2, "target_modules": QV, "trainable_token_indices": [200, 3, 42]}),
+    Case("tokens-by-name", "llama", {"r": 2, "target_modules": QV, "trainable_token_indices": {"embed_tokens": [9, 1, 210]}}),
+    Case("tokens-tied", "llama-tied", {"r": 2, "target_modules": QV, "trainable_token_indices": [200, 3, 42]}),
+    Case("tokens-gpt2", "gpt2", {"r": 2, "target_modules": ["c_attn"], "trainable_token_indices": {"wte": [5, 17]}}),
+    Case("tokens-of-no-library", "plain", {"r": 2, "target_modules": ["first"], "trainable_token_indices": {"table": [5, 121]}}),
+    Case("tokens-of-a-head", "llama", {"r": 2, "target_modules": QV, "trainable_token_indices": {"lm_head": [7, 8]}}),
     Case("dropout", "llama", {"r": 2, "target_modules": QV, "lora_dropout": 0.25, "task_type": "CAUSAL_LM"}),
 ]
 IDS_OF_CASES = [case.name for case in CASES]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor, nn
 
 from luthier.adapt.fusing import unfuse
@@ -16,9 +17,10 @@ from luthier.core.inits import start_of
 from luthier.core.lora import init_embedding_pair, init_linear_pair
 from luthier.core.methods import keeps_start
 from luthier.core.names import check_adapter_name
-from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, restore, whole_bias, whole_copy
+from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, own_parameters, restore, whole_bias, whole_copy
 from luthier.layers.pair import AdaLoraPair, LoraPair
 from luthier.layers.roster import Roster
+from luthier.layers.tokens import TokenRows
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,9 @@ PairMaker = Callable[[AttachPlan, PlannedLayer, Tensor], tuple[Tensor, ...]]
 
 
 def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMaker) -> AttachPlan:
-    """Carry out a plan: attach `name` with what `make_pair` returns for each layer: lora_A, lora_B, and AdaLoRA's lora_E.
+    """Carry out a plan: attach `name` with the pairs that `make_pair` returns for each layer.
 
-    It is given the plan, the layer and the layer's own weight.
+    That is the tensors of `PlannedLayer.shapes` in float32, in that order. It is given the plan, the layer and its own weight.
     """
     if planned.saved:
         unfuse(model)  # a fused block calls its parts itself and would pass by one that is replaced as a whole
@@ -81,7 +83,7 @@ def reinstall(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairM
     check_whole(model, roster)
     _check_restorable(model)
     others = [other for other in roster.active if other != name]
-    replacing = bool(planned.saved or planned.biases)
+    replacing = bool(planned.saved or planned.biases or planned.tables)
     replacing |= any(other in module.replacements for _, module in adapted_modules(model) for other in others)
     if replacing and name in roster.active and roster.active != {name: 1.0}:
         raise AdapterStateError(
@@ -103,7 +105,13 @@ def _made(planned: AttachPlan, modules: dict[str, nn.Module], make_pair: PairMak
     """Return the pairs and the replacements (by path) of a plan."""
     pairs = {layer: _pair(planned, layer, modules[layer.path], make_pair) for layer in planned.layers}
     replacements = {path: whole_copy(modules[path]) for path in planned.saved}
-    return pairs, replacements | {path: bias_copy(modules[path]) for path in planned.biases}
+    replacements |= {path: bias_copy(modules[path]) for path in planned.biases}
+    for table in planned.tables:
+        weight = cast(Tensor, modules[table.path].weight).detach()
+        indices = torch.tensor(table.tokens, device=weight.device)
+        rows = nn.Parameter(weight[indices].to(torch.promote_types(weight.dtype, torch.float32)))
+        replacements |= {path: TokenRows(indices, rows, is_tied=path != table.path) for path in (table.path, *table.tied)}
+    return pairs, replacements
 
 
 def _put(planned: AttachPlan, modules: dict[str, nn.Module], made: Made, roster: Roster, name: str) -> None:
@@ -136,12 +144,18 @@ def _check_restorable(model: nn.Module) -> None:
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
-    lora_A, lora_B, *others = make_pair(planned, layer, cast(Tensor, module.weight))
-    settings = (layer.scaling, planned.config.lora_dropout, whole_bias(module) if layer.trains_bias else None)
+    lora_A, lora_B, *others = make_pair(planned, layer, next(own_parameters(module)))
+    dropout, bias = planned.config.lora_dropout, whole_bias(module) if layer.trains_bias else None
     if layer.is_adalora:
-        return AdaLoraPair(lora_A, lora_B, others[0], *settings).train(module.training)
-    start = (lora_A.clone(), lora_B.clone()) if keeps_start(planned.config.init_lora_weights) else None
-    return LoraPair(lora_A, lora_B, *settings, start).train(module.training)
+        pair: LoraPair = AdaLoraPair(lora_A, lora_B, others[0], layer.scaling, dropout, bias)
+    elif layer.kind.word == "attention":
+        out_A, out_B = others
+        pair = LoraPair(lora_A, lora_B, layer.scaling, out=LoraPair(out_A, out_B, layer.scaling))
+    else:
+        start = (lora_A.clone(), lora_B.clone()) if keeps_start(planned.config.init_lora_weights) else None
+        lora_bias = others[0] if others else None
+        pair = LoraPair(lora_A, lora_B, layer.scaling, dropout, bias, start=start, lora_bias=lora_bias)
+    return pair.train(module.training)
 
 
 def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, ...]:
@@ -150,10 +164,16 @@ def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tup
         return init_triplets(*sizes, bool(init), weight.device)
     if layer.kind.word == "embedding":
         return init_embedding_pair(*sizes, init, weight.device)
+    if layer.kind.word == "attention":
+        inner = (layer.r, layer.in_features, layer.in_features, init, weight.device)
+        init_linear_pair(*inner)  # PEFT draws the output projection's pair twice, and keeps the second
+        return *init_linear_pair(*sizes, init, weight.device), *init_linear_pair(*inner)
     if isinstance(init, str) and keeps_start(init):
-        init_linear_pair(*sizes, False, weight.device)  # PEFT draws these numbers first, so the seed's next ones are the same
-        return start_of(init, weight.T if layer.kind.word == "conv1d" else weight, layer.r, layer.scaling)
-    return init_linear_pair(*sizes, init, weight.device, layer.kernel, layer.groups)
+        # PEFT draws these numbers first, so the seed's next ones are the same.
+        _, _, *lora_bias = init_linear_pair(*sizes, False, weight.device, lora_bias=layer.lora_bias)
+        start = start_of(init, weight.T if layer.kind.word == "conv1d" else weight, layer.r, layer.scaling)
+        return *start, *(torch.zeros_like(each) for each in lora_bias)
+    return init_linear_pair(*sizes, init, weight.device, layer.kernel, layer.groups, layer.lora_bias)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

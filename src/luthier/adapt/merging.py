@@ -99,9 +99,11 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
         for name, weight in roster.active.items():
             if name in module.lora:
                 for key, delta in module.folded_deltas(cast(LoraPair, module.lora[name]), weight).items():
+                    if key == "bias" and module._parameters[key] is None:
+                        raise AdapterStateError(f"{path} has no {key} that lora_bias could be folded into; leave it unmerged")
                     deltas.setdefault(key, []).append(delta)
             if name in module.replacements:
-                replaced |= {key: trained.detach() for key, trained in module.replaced_parameters(name, every_name=True)}
+                replaced |= module.replaced_tensors(name)
         # One adapter may replace a layer that another one adapts: the update goes on top of the replacement, as it runs.
         for key in replaced | deltas:
             owner_path, _, last = key.rpartition(".")

@@ -4,8 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from luthier.adapt.state import adapter_prefixes
 from luthier.core.adalora import adalora_scaling
@@ -32,23 +33,45 @@ class PlannedLayer:
     trains_bias: bool
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    lora_bias: bool = False
     is_adalora: bool = False
 
     @property
-    def shape_A(self) -> tuple[int, ...]:
-        return (self.r, self.in_features, *self.kernel)
-
-    @property
-    def shape_B(self) -> tuple[int, ...]:
-        return (self.out_features, self.r // self.groups, *(1 for _ in self.kernel))
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Role -> shape of the tensors of the pair, in the order in which they are made."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (self.r, self.in_features, *self.kernel),
+            "lora_B": (self.out_features, self.r // self.groups, *(1 for _ in self.kernel)),
+        }
+        if self.is_adalora:
+            shapes["lora_E"] = (self.r, 1)
+        if self.lora_bias:
+            shapes["lora_bias"] = (self.out_features,)
+        if self.kind.word == "attention":
+            shapes |= {"out.lora_A": (self.r, self.in_features), "out.lora_B": (self.in_features, self.r)}
+        return shapes
 
     @property
     def num_pair_parameters(self) -> int:
-        return math.prod(self.shape_A) + math.prod(self.shape_B) + self.is_adalora * self.r
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def num_parameters(self) -> int:
         return self.num_pair_parameters + self.trains_bias * self.out_features
+
+
+@dataclass(frozen=True)
+class PlannedTable:
+    """A table of which the rows of some tokens are trained; `tied` are the other modules that hold its weight."""
+
+    path: str
+    tokens: tuple[int, ...]
+    columns: int
+    tied: tuple[str, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return len(self.tokens) * self.columns
 
 
 @dataclass(frozen=True)
@@ -61,11 +84,13 @@ class AttachPlan:
     biases: dict[str, int]
     num_base_parameters: int
     warnings: tuple[str, ...] = field(default=())
+    tables: tuple[PlannedTable, ...] = field(default=())
 
     @property
     def num_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(layer.num_parameters for layer in self.layers) + sum(self.saved.values()) + sum(self.biases.values())
+        counts = [*self.saved.values(), *self.biases.values(), *(table.num_parameters for table in self.tables)]
+        return sum(layer.num_parameters for layer in self.layers) + sum(counts)
 
     @property
     def share(self) -> float:
@@ -81,6 +106,7 @@ class AttachPlan:
         for (name, in_features, out_features, r, each), count in names.items():
             lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
         lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
+        lines += [f"  {len(table.tokens)} rows of {table.path} ({table.num_parameters:,})" for table in self.tables]
         if self.biases:
             lines.append(f"  {len(self.biases)} more biases ({sum(self.biases.values()):,})")
         lines += [f"  note: {warning}" for warning in self.warnings]
@@ -102,7 +128,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             continue
         kind = layer_kind(module)
         if kind is None:
-            only = "only Linear, Embedding, Conv1D and Conv1d/2d/3d layers can be adapted"
+            only = "only Linear, Embedding, Conv1D, Conv1d/2d/3d and MultiheadAttention layers can be adapted"
             faults.append(f"{path} is a {_class_name(module)}; {only}")
         elif reason := why_not(module, modules[path.rpartition(".")[0]]):
             faults.append(f"{path}: {reason}")
@@ -110,6 +136,10 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
         elif isinstance(config, AdaLoraConfig) and not is_linear(module):
             faults.append(f"{path} is a {_class_name(module)}; AdaLoRA adapts Linear and Conv1D layers")
+        elif kind.word == "attention" and (config.lora_bias or config.bias != "none"):
+            faults.append(f"{path} is a MultiheadAttention, which bias and lora_bias are not made for; leave one of them out")
+        elif config.lora_bias and kind.word == "embedding":
+            faults.append(f"{path} is an embedding, which lora_bias is not made for; leave one of them out")
         elif (layer := _planned(config, path, module, kind)).r % layer.groups:
             faults.append(
                 f"{path} has {layer.groups} groups, which do not divide r={layer.r}; set rank_pattern for it, or leave it out"
@@ -128,11 +158,13 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             if reason := why_hidden(module, modules[path.rpartition(".")[0]]):
                 faults.append(f"bias='all' trains the bias of {path}: {reason}")
             biases[path] = bias.numel()
+    tables = _planned_tables(model, modules, config)
+    held = {*saved, *biases, *(layer.path for layer in layers)}
+    faults += _table_faults(modules, tables, held)
     if faults:
         raise TargetError(_listed(f"the configuration does not fit this {_class_name(model)} ({len(faults)} faults)", faults))
-    return AttachPlan(
-        config, tuple(layers), saved, biases, _count(model), _warnings(model, modules, given, config, layers, saved)
-    )
+    warnings = _warnings(model, modules, given, config, layers, saved)
+    return AttachPlan(config, tuple(layers), saved, biases, _count(model), warnings, tuple(tables))
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -189,7 +221,9 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     scaling = lora_scaling(r, lora_alpha, config.use_rslora)
     kernel, groups = kind.kernel(module), kind.groups(module)
-    return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, kernel, groups)
+    return PlannedLayer(
+        path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, kernel, groups, config.lora_bias
+    )
 
 
 def _without_start(config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
@@ -238,6 +272,48 @@ def _saved_faults(modules: dict[str, nn.Module], saved: dict[str, int]) -> list[
     return faults
 
 
+def _planned_tables(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[PlannedTable]:
+    wanted = config.trainable_token_indices or {}
+    if isinstance(wanted, list):
+        find_table = getattr(model, "get_input_embeddings", None)
+        table = find_table() if find_table else None
+        wanted = {next((path for path, module in modules.items() if module is table), "embed_tokens"): wanted}
+    tied, tables, covered = _tied_modules(model), [], dict[str, tuple[int, ...]]()
+    for name, tokens in wanted.items():
+        for path in [path for path in modules if matches_name(name, path)] or [name]:
+            if covered.get(path) == tuple(tokens):
+                continue  # named beside a table whose weight it shares, with the same tokens: they are trained once
+            weight = modules[path]._parameters.get("weight") if path in modules else None
+            others = [other for other in tied.get(id(weight), []) if other != path]
+            covered |= dict.fromkeys(others, tuple(tokens))
+            columns = weight.shape[-1] if weight is not None and weight.ndim else 0
+            tables.append(PlannedTable(path, tuple(tokens), columns, tuple(others)))
+    return tables
+
+
+def _table_faults(modules: dict[str, nn.Module], tables: list[PlannedTable], held: set[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for table in tables:
+        what, tokens = f"trainable_token_indices: {table.path}", table.tokens
+        if table.path not in modules:
+            yield f"{what} matches nothing.{did_you_mean(table.path, [path for path in modules if path])}"
+            continue
+        for path in (table.path, *table.tied):
+            kind = layer_kind(modules[path])
+            if kind is None or kind.word not in ("embedding", "linear"):
+                yield f"{what}: {path} is a {_class_name(modules[path])}; only Embedding and Linear layers have rows for tokens"
+            elif reason := why_not(modules[path], modules[path.rpartition(".")[0]]):
+                yield f"{what}: {path}: {reason}"
+            elif path in held or path in seen or _holder(path, dict.fromkeys(held, 0)):
+                yield f"{what}: {path} is adapted or trained otherwise by this configuration too; choose one"
+            seen.add(path)
+        rows = cast(Tensor, modules[table.path]._parameters["weight"]).shape[0] if table.columns else 0
+        if bad := [token for token in tokens if not 0 <= token < rows]:
+            yield f"{what} has {rows} rows; there is no row for tokens {bad[:10]}"
+        if len(set(tokens)) < len(tokens) or not tokens:
+            yield f"{what}: the list of tokens is empty or names one twice"
+
+
 def _holder(path: str, saved: dict[str, int]) -> str | None:
     """Return the module of `saved` that `path` is or lies in."""
     return next((whole for whole in saved if f"{path}.".startswith(f"{whole}.")), None)
@@ -281,8 +357,9 @@ def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: l
             yield f"layers_to_transform index {index} matches no adapted layer and has no effect"
     if config.bias == "lora_only" and layers and not any(layer.trains_bias for layer in layers):
         yield "bias='lora_only' has no effect: no adapted layer has a bias"
-    if config.lora_dropout and any(layer.kind.word == "embedding" for layer in layers):
-        yield "lora_dropout has no effect on embedding layers"
+    for word in ("embedding", "attention"):
+        if config.lora_dropout and any(layer.kind.word == word for layer in layers):
+            yield f"lora_dropout has no effect on {word} layers"
 
 
 def _left_out(modules: dict[str, nn.Module], given: LoraConfig) -> Iterator[str]:

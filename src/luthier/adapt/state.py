@@ -11,6 +11,7 @@ from luthier.layers.base import AdaptedModule
 from luthier.layers.kinds import LayerKind, layer_kind
 from luthier.layers.pair import AdaLoraPair, LoraPair
 from luthier.layers.roster import Roster
+from luthier.layers.tokens import TokenRows
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
@@ -62,7 +63,9 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AdapterParameter:
-    """One trained tensor: `role` is lora_A, lora_B, lora_E or bias of the pair at `path`, or `whole` with the own `key`."""
+    """One trained tensor: `role` is its name in the pair at `path` (lora_A, lora_B, lora_E, lora_bias, bias), `rows` of a table,
+    or `whole` with the key of the replaced one.
+    """
 
     path: str
     role: str
@@ -80,9 +83,14 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[Adap
             pair = cast(LoraPair, module.lora[name])
             for role, parameter in pair.named_parameters():
                 yield AdapterParameter(path, role, parameter, layer_kind(module), is_adalora=isinstance(pair, AdaLoraPair))
-        if name in module.replacements:
+        if name not in module.replacements:
+            continue
+        replacement = module.replacements[name]
+        if not isinstance(replacement, TokenRows):
             for key, parameter in module.replaced_parameters(name):
                 yield AdapterParameter(path, "whole", parameter, key=key)
+        elif not replacement.is_tied:
+            yield AdapterParameter(path, "rows", replacement.rows)
 
 
 def pairs_with_start(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:

@@ -46,6 +46,11 @@ class LoraConfig(Settings):
     task_type: str | None = Field(None, description="PEFT's task type; kept for the file")
     base_model_name_or_path: str | None = Field(None, description="where the base came from; informational")
     revision: str | None = Field(None, description="revision of the base; informational")
+    lora_bias: bool = Field(False, description="give lora_B a bias of its own, scaled like the update")
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
+        None, description="tokens whose rows of the input embeddings are trained, or module name -> such tokens"
+    )
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -80,12 +85,16 @@ class LoraConfig(Settings):
                 re.compile(expression)
             except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
-        if not self.target_modules and not self.modules_to_save:
+        if not self.target_modules and not self.modules_to_save and not self.trainable_token_indices:
             raise ValueError("target_modules is empty and modules_to_save too: nothing would be trained")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 "layers_to_transform has an effect only where target_modules is a list of names; "
                 "put the indices into the regular expression, or list the names"
+            )
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ValueError(
+                f"lora_bias starts at zero or random; init_lora_weights must be True or False, not {self.init_lora_weights!r}"
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")

@@ -91,21 +91,25 @@ def init_linear_pair(
     device: torch.device,
     kernel: tuple[int, ...] = (),
     groups: int = 1,
-) -> tuple[Tensor, Tensor]:
+    lora_bias: bool = False,
+) -> tuple[Tensor, ...]:
     """Return a fresh (lora_A (R, I), lora_B (O, R)) in float32 for a linear layer; (R, I, K...), (O, R / G, 1...) with a kernel.
 
-    `init`: True is kaiming-uniform A and zero B; "gaussian" is A ~ N(0, 1/r^2) and zero B; False leaves both random.
+    `init`: True is kaiming-uniform A and zero B; "gaussian" is A ~ N(0, 1/r^2) and zero B; False leaves both random. With
+    `lora_bias` there is a third tensor, the bias (O,) of lora_B, which starts as lora_B does.
     torch's generator is drawn from in the order PEFT does it, so one seed gives the same adapter in both.
     """
     lora_A = torch.empty(r, in_features, *kernel, device=device)
     lora_B = torch.empty(out_features, r // groups, *(1 for _ in kernel), device=device)
     torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
     torch.nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    bound = 1 / math.sqrt(lora_B.shape[1])
+    bias = [torch.empty(out_features, device=device).uniform_(-bound, bound)] if lora_bias else []
     if init == "gaussian":
         torch.nn.init.normal_(lora_A, std=1 / r)
     elif init:
         torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    return lora_A, torch.zeros_like(lora_B) if init else lora_B
+    return lora_A, *(torch.zeros_like(tensor) if init else tensor for tensor in (lora_B, *bias))
 
 
 def init_embedding_pair(

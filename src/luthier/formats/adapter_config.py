@@ -28,12 +28,10 @@ _UNUSED: dict[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "monteclora_config": None,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
     "use_qalora": False,
@@ -115,6 +113,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
         values["init_lora_weights"] = True
     if values.get("target_modules") is None:
         values["target_modules"] = []
+    values["trainable_token_indices"] = values.get("trainable_token_indices") or None
     for key in ("rank_pattern", "alpha_pattern"):
         values[key] = values.get(key) or {}
     if method is AdaLoraConfig:

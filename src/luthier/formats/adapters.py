@@ -27,7 +27,7 @@ from luthier.formats.adapter_config import converted_config, dump_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
-from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, whole_key
+from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, rows_key, whole_key
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import layer_kind
 
@@ -144,7 +144,7 @@ def swap_adapter(
 
     The model then computes what it would after a fresh load, bit for bit. Other adapters, and which ones are active at which
     weight, stay as they are. The numbers are new parameters: an optimiser that held the old ones does not see them. With the same
-    layers, ranks and scaling a compiled model is not compiled again.
+    layers, ranks and scaling a compiled model is not compiled again; a first change of the scaling alone costs one compilation.
     Raises: what load_adapter raises, and AdapterStateError if there is none of that name, while merged, or where modules that
     are replaced whole would meet other active adapters. The model is unchanged then.
     """
@@ -172,7 +172,7 @@ def _load(
     put(model, planned, name, stored_pair)
     with torch.no_grad():
         for item in adapter_parameters(model, name):
-            if item.role in ("bias", "whole"):
+            if item.role in ("bias", "whole", "rows"):
                 item.parameter.copy_(tensors[item_key(item)])
     set_trainable(model, name, trainable)
     return LoadReport(name, planned, verdict, folder)
@@ -226,6 +226,7 @@ def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
             if id(parameter) in own:
                 whole[whole_key(path, key)] = tuple(parameter.shape)
     whole |= {whole_key(path, "bias"): (count,) for path, count in planned.biases.items()}
+    whole |= {rows_key(table.path): (len(table.tokens), table.columns) for table in planned.tables}
     expected = expected_shapes(planned, whole)
     found = {key: tensor for key, tensor in tensors.items() if key in expected or not _is_copy(key, tensors, modules)}
     faults = [f"{_short(key)} is missing" for key in expected if key not in found]

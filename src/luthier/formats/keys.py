@@ -15,9 +15,13 @@ PREFIX = "base_model.model."
 
 
 def pair_key(path: str, role: str, word: str, is_adalora: bool = False) -> str:
-    """Return the key of one tensor of a pair: `role` is lora_A, lora_B, lora_E or bias, `word` the kind of layer."""
+    """Return the key of one tensor of a pair: `role` is one of `PlannedLayer.shapes` or bias, `word` the kind of layer."""
+    if role.startswith("out."):
+        return pair_key(f"{path}.base_layer.out_proj", role.removeprefix("out."), word)
     if role == "bias":
         return f"{PREFIX}{path}.base_layer.bias"
+    if role == "lora_bias":
+        return f"{PREFIX}{path}.lora_B.bias"
     if is_adalora:
         return f"{PREFIX}{path}.{role}"
     return (
@@ -27,9 +31,11 @@ def pair_key(path: str, role: str, word: str, is_adalora: bool = False) -> str:
 
 def item_key(item: AdapterParameter) -> str:
     """Return the key of one trained tensor."""
-    return (
-        whole_key(item.path, item.key) if item.kind is None else pair_key(item.path, item.role, item.kind.word, item.is_adalora)
-    )
+    if item.role == "rows":
+        return rows_key(item.path)
+    if item.kind is None:
+        return whole_key(item.path, item.key)
+    return pair_key(item.path, item.role, item.kind.word, item.is_adalora)
 
 
 def whole_key(path: str, key: str) -> str:
@@ -37,11 +43,14 @@ def whole_key(path: str, key: str) -> str:
     return f"{PREFIX}{path}.{key}"
 
 
+def rows_key(path: str) -> str:
+    """Return the key of the trained rows of a table."""
+    return f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"
+
+
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": layer.shape_A, "lora_B": layer.shape_B}
-    shapes |= {"lora_E": (layer.r, 1)} if layer.is_adalora else {}
-    return shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
+    return layer.shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
 
 
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -71,5 +80,5 @@ def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _without_name(key: str) -> str:
-    key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
-    return re.sub(r"\.(lora_embedding_[AB]|lora_[ABE])\.(?!weight$)[^.]+$", r".\1", key)
+    key = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", key)
+    return re.sub(r"\.(lora_embedding_[AB]|lora_[ABE])\.(?!weight$|bias$)[^.]+$", r".\1", key)

@@ -9,6 +9,7 @@ __getattr__, __all__ = lazy_names(
     __name__,
     {
         "AdaptedModule": "luthier.layers.base",
+        "LoraAttention": "luthier.layers.attention",
         "LoraConv1D": "luthier.layers.linear",
         "LoraConvolution": "luthier.layers.conv",
         "LoraEmbedding": "luthier.layers.embedding",

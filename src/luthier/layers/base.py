@@ -2,7 +2,8 @@
 
 Attaching changes the class of the existing module to a subclass of its class (so `isinstance` holds and a custom forward
 survives) and adds two dictionaries to it: `lora`, adapter name -> LoraPair, and `replacements`, adapter name -> a trained
-copy of the whole module (`modules_to_save`, or only its bias). The module's own parameters keep their names and bytes.
+copy of the whole module (`modules_to_save`, or only its bias), or a few of its rows. The module's own parameters keep their
+names and bytes.
 """
 
 import copy
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from luthier.core.errors import AdapterStateError
 from luthier.layers.pair import LoraPair
 from luthier.layers.roster import Roster
+from luthier.layers.tokens import TokenRows
 
 ADDED = ("lora", "replacements", "roster", "base_class")
 FORWARD_HOOKS = (
@@ -59,6 +61,9 @@ class AdaptedModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} carries no pairs")
 
     def _forward_replaced(self, replacement: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if isinstance(replacement, TokenRows):
+            x = args[0] if args else next(iter(kwargs.values()))
+            return replacement.put_into(self, super().forward(*args, **kwargs), x)
         # The copies are float32 masters; they compute in the dtype of the parameters they stand for, as the pairs do.
         own = dict(self.named_parameters(remove_duplicate=False))
         cast_down = {
@@ -79,6 +84,13 @@ class AdaptedModule(nn.Module):
         for key, parameter in self.replacements[name].named_parameters(remove_duplicate=not every_name):
             if id(parameter) not in own:
                 yield key, parameter
+
+    def replaced_tensors(self, name: str) -> dict[str, Tensor]:
+        """Return own parameter name -> what one adapter's replacement puts in its place, under each of its names."""
+        replacement = self.replacements[name]
+        if isinstance(replacement, TokenRows):
+            return {"weight": replacement.written_into(cast(Tensor, self.weight))}
+        return {key: trained.detach() for key, trained in self.replaced_parameters(name, every_name=True)}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so copying and pickling must name its parts.
@@ -123,7 +135,7 @@ def whole_copy(module: nn.Module) -> nn.Module:
 
 def bias_copy(module: nn.Module) -> nn.Module:
     """Return a shallow copy of a module that owns a float32 bias and shares every other parameter with it."""
-    clone = _bare(module)
+    clone = bare(module)
     clone._parameters["bias"] = nn.Parameter(whole_bias(module))
     return clone
 
@@ -133,7 +145,7 @@ def whole_bias(module: nn.Module) -> Tensor:
     return _master(cast(Tensor, module.bias).detach())
 
 
-def _bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
+def bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
     """Return a shallow copy of a module in its original class, without adapters, with dictionaries of its own."""
     clone = copy.copy(module)
     clone._parameters, clone._buffers = dict(module._parameters), dict(module._buffers)
@@ -151,7 +163,7 @@ def _bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
 def _bare_tree(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in done:
         # Below the top the hooks stay: there the copy is called instead of the module.
-        clone = _bare(module, with_hooks=bool(done))
+        clone = bare(module, with_hooks=bool(done))
         done[id(module)] = clone
         clone._modules = {key: child and _bare_tree(child, done) for key, child in clone._modules.items()}
     return done[id(module)]

@@ -42,15 +42,12 @@ class LoraConvolution(AdaptedModule):
             groups=self.groups,
         )
         output = output + low_rank.to(output.dtype)
-        if pair.bias is not None and self.bias is not None:
-            output = output + self._per_channel(weight * (pair.bias - self.bias)).to(output.dtype)
+        if (change := pair.bias_change(self.bias)) is not None:
+            output = output + (weight * change).view(-1, *(1 for _ in self.stride)).to(output.dtype)
         return output
 
     def folded_deltas(self, pair: LoraPair, weight: float) -> dict[str, Tensor]:
         deltas = {"weight": weight * pair.delta()}
-        if pair.bias is not None and self.bias is not None:
-            deltas["bias"] = weight * (pair.bias.detach() - self.bias.detach())
+        if (change := pair.bias_change(self.bias)) is not None:
+            deltas["bias"] = weight * change.detach()
         return deltas
-
-    def _per_channel(self, numbers: Tensor) -> Tensor:
-        return numbers.view(-1, *(1 for _ in self.stride))

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from luthier.layers.attention import LoraAttention
 from luthier.layers.base import ADDED, AdaptedModule
 from luthier.layers.conv import LoraConvolution
 from luthier.layers.embedding import LoraEmbedding
@@ -23,6 +24,8 @@ class LayerKind:
         """Return (I, O) of a module of this kind; for an embedding I is the number of rows."""
         if isinstance(module, CONVOLUTIONS):
             return module.in_channels, module.out_channels
+        if isinstance(module, nn.MultiheadAttention):
+            return module.embed_dim, 3 * module.embed_dim
         rows, columns = cast(Tensor, module.weight).shape
         return (columns, rows) if self.word == "linear" else (rows, columns)
 
@@ -40,6 +43,7 @@ LINEAR = LayerKind("linear", LoraLinear)
 EMBEDDING = LayerKind("embedding", LoraEmbedding)
 CONV1D = LayerKind("conv1d", LoraConv1D)
 CONVOLUTION = LayerKind("convolution", LoraConvolution)
+ATTENTION = LayerKind("attention", LoraAttention)
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
@@ -50,6 +54,8 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         return EMBEDDING
     if isinstance(module, CONVOLUTIONS):
         return CONVOLUTION
+    if isinstance(module, nn.MultiheadAttention):
+        return ATTENTION
     # transformers is heavy; where it is not loaded there is no Conv1D of its either.
     transformers_layers = sys.modules.get("transformers.pytorch_utils")
     if transformers_layers is not None and isinstance(module, transformers_layers.Conv1D):
@@ -76,7 +82,10 @@ def why_not(module: nn.Module, parent: nn.Module) -> str | None:
     """Return why a pair on this layer would be ignored or wrong, or None if nothing speaks against it."""
     if reason := why_hidden(module, parent):
         return reason
-    weight = module._parameters.get("weight")
+    is_attention = isinstance(module, nn.MultiheadAttention)
+    weight = module._parameters.get("in_proj_weight" if is_attention else "weight")
+    if weight is None and is_attention:
+        return "its q, k and v have sizes of their own (kdim, vdim), and so no common weight"
     if weight is None:
         return "its weight is computed from other parameters (weight_norm? pruning?); make it a plain parameter first"
     if not weight.is_floating_point():

@@ -57,7 +57,7 @@ class LoraLinear(AdaptedModule):
         if not names:
             return Projection(weight_OI, self.bias)
         pair = cast(LoraPair, self.lora[names[0]])
-        if pair.bias is not None:
+        if pair.bias is not None or pair.lora_bias is not None:
             return None
         scaling = live[names[0]] * pair.scaling
         return Projection(weight_OI, self.bias, *pair.factors(), scaling, pair.live_dropout)
@@ -65,14 +65,14 @@ class LoraLinear(AdaptedModule):
     def with_pair(self, output: Tensor, x: Tensor, pair: LoraPair, weight: float) -> Tensor:
         low_rank = lora_linear(pair.dropout(x), *pair.factors(), weight * pair.scaling)
         output = output + low_rank.to(output.dtype)
-        if pair.bias is not None and self.bias is not None:
-            output = output + (weight * (pair.bias - self.bias)).to(output.dtype)
+        if (change := pair.bias_change(self.bias)) is not None:
+            output = output + (weight * change).to(output.dtype)
         return output
 
     def folded_deltas(self, pair: LoraPair, weight: float) -> dict[str, Tensor]:
         deltas = {"weight": weight * pair.delta()}
-        if pair.bias is not None and self.bias is not None:
-            deltas["bias"] = weight * (pair.bias.detach() - self.bias.detach())
+        if (change := pair.bias_change(self.bias)) is not None:
+            deltas["bias"] = weight * change.detach()
         return deltas
 
     def _weight_OI(self) -> Tensor:

@@ -9,8 +9,11 @@ from luthier.core.lora import lora_delta
 class LoraPair(nn.Module):
     """lora_A (R, I) and lora_B (O, R) in float32, their scaling, and the layer's own bias (O,) where the adapter trains it.
 
-    For an embedding I is the number of rows of the table. `start` is the (A0, B0) that a pair begins with and whose product is
-    subtracted (`luthier.core.inits`); they are not trained.
+    `lora_bias` (O,) is a bias of lora_B, which adds scaling * lora_bias whatever the input is. `out` is the pair of the output
+    projection, where the layer is attention. `start` is the (A0, B0) that a pair begins with and whose product is subtracted
+    (`luthier.core.inits`); they are not trained.
+
+    For an embedding I is the number of rows of the table.
     """
 
     start_A: Tensor | None
@@ -23,13 +26,17 @@ class LoraPair(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         bias: Tensor | None = None,
+        lora_bias: Tensor | None = None,
+        out: "LoraPair | None" = None,
         start: tuple[Tensor, Tensor] | None = None,
     ):
         super().__init__()
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.bias = None if bias is None else nn.Parameter(bias)
+        self.lora_bias = None if lora_bias is None else nn.Parameter(lora_bias)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.out = out
         self.scaling = scaling
         self.register_buffer("start_A", start and start[0])
         self.register_buffer("start_B", start and start[1])
@@ -64,6 +71,14 @@ class LoraPair(nn.Module):
         """Return the dense update (O, I), in float32 or wider."""
         lora_A, lora_B = self.factors()
         return lora_delta(lora_A.detach(), lora_B.detach(), self.scaling)
+
+    def bias_change(self, own: Tensor | None) -> Tensor | None:
+        """Return what the adapter adds to the layer's bias `own` (O,): lora_bias, and its trained bias instead of `own`."""
+        change = self.bias - own if self.bias is not None and own is not None else None
+        if self.lora_bias is None:
+            return change
+        shift = self.scaling * self.lora_bias
+        return shift if change is None else change + shift
 
     def extra_repr(self) -> str:
         return f"r={self.r}, in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, scaling={self.scaling:g}"

@@ -139,8 +139,7 @@ class Parts(nn.Module):
         ("table", "max_norm"),
         ("small", "torch.int8"),
         ("dispatched", "forward was replaced on the instance"),
-        ("conv", "conv is a ConvTranspose2d; only Linear, Embedding, Conv1D and"),
-        ("attention", "attention is a MultiheadAttention; only"),
+        ("conv", "conv is a ConvTranspose2d; only Linear, Embedding"),
         ("goood", r"'goood' matches nothing\. Did you mean 'good'"),
     ],
 )

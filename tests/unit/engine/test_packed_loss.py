@@ -332,6 +332,8 @@ def test_dropout_of_the_head_alone_is_as_strong_as_in_the_unfused_model() -> Non
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": LINEARS, "bias": "lora_only"},
         {"target_modules": ["v_proj"], "bias": "all"},
+        {"target_modules": ["o_proj", "up_proj"], "lora_bias": True},
+        {"target_modules": ["k_proj"], "trainable_token_indices": list(range(3, 40))},
     ],
     ids=lambda lora: "-".join([*lora.get("modules_to_save", lora["target_modules"]), lora.get("bias", "")]).rstrip("-"),
 )

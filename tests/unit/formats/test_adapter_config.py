@@ -124,10 +124,8 @@ def test_keys_that_say_nothing_are_passed_over(key: str, caplog: pytest.LogCaptu
     [
         ("use_dora", True),
         ("use_qalora", True),
-        ("lora_bias", True),
         ("ensure_weight_tying", True),
         ("target_parameters", ["experts.gate_up_proj"]),
-        ("trainable_token_indices", [3, 4]),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("alora_invocation_tokens", [1]),
         ("loftq_config", {"loftq_bits": 4}),

@@ -24,6 +24,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "other-layers": {"target_modules": ["k_proj", "up_proj"], "rank_pattern": {"k_proj": 4}},
     "with-a-table": {"target_modules": ["embed_tokens", "q_proj"]},
     "with-saved-modules": {"modules_to_save": ["model.norm", "lm_head"]},
+    "with-trained-rows": {"trainable_token_indices": [5, 17, 200], "lora_bias": True},
     "saved-where-it-was-adapted": {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp"]},
 }
 
