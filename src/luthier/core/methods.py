@@ -16,7 +16,7 @@ PISSA_NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 class Method:
     """One way to adapt (`kind` is "method") or to begin ("init"): what it does, when to use it, and how to ask for it.
 
-    `settings` are the run's settings by section that choose it; what a user gives too wins over them.
+    `settings` are the run's settings, by section, that choose it.
     """
 
     name: str
@@ -25,6 +25,11 @@ class Method:
     when: str
     source: str
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def flag(self) -> str:
+        """How `luthier train` is asked for it."""
+        return f"--{self.kind} {self.name}"
 
 
 METHODS = (
@@ -61,7 +66,7 @@ METHODS = (
         "would miss them least, so that each layer ends with the rank it needs.",
         "A tight budget of parameters and layers that matter unequally. Needs a known number of steps.",
         "Zhang et al. 2023, arXiv:2303.10512",
-        {"lora": {"use_adalora": True}},
+        {"lora": {"peft_type": "ADALORA"}},
     ),
     Method(
         "lora+",
@@ -76,9 +81,9 @@ METHODS = (
     Method(
         "lora-fa",
         "method",
-        "LoRA with A frozen at its random start: half of the gradients and moments are gone, and the input of a layer "
-        "need not be kept for A, only the r numbers of A x.",
-        "When memory for activations is what limits the length or the batch. Learns a little less per step; try a larger rank.",
+        "LoRA with A frozen as it began: only B has gradients and moments, about half as many numbers. The input of a layer "
+        "need not be kept for A's gradient any more; luthier's own projections keep it all the same for now.",
+        "Large ranks, where gradients and moments take room. If it learns too little, raise the rank.",
         "Zhang et al. 2023, arXiv:2308.03303",
         {"train": {"freeze_A": True}},
     ),
@@ -138,6 +143,7 @@ METHODS = (
     ),
 )
 
+METHOD_NAMES = tuple(method.name for method in METHODS if method.kind == "method")
 INIT_NAMES = tuple(method.name for method in METHODS if method.kind == "init" and method.name != "kaiming")
 
 
