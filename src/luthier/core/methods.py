@@ -118,8 +118,8 @@ METHODS = (
         "init",
         "B and A begin as the first r columns of Q and rows of R of the weight's W = Q R. The base keeps its weight; what "
         "the pair began with is subtracted. Saved at twice the rank.",
-        "When pissa's decomposition takes too long: this one is much cheaper, but it finds the directions of the first r "
-        "inputs, not the largest.",
+        "Where pissa's exact decomposition takes too long (SmolLM2-135M on one thread: 5 s against 16 s). The directions are those "
+        "of the first r inputs, not the largest.",
         "Büyükakyüz 2024, arXiv:2406.01775",
         {"lora": {"init_lora_weights": "olora"}},
     ),
@@ -137,7 +137,7 @@ METHODS = (
         "init",
         "pissa with a randomised decomposition of so many subspace iterations, much faster on large weights and as close "
         "from 16 iterations on. Which directions it finds depends on the seed, so the run keeps them.",
-        "Models so large that pissa's exact decomposition takes too long.",
+        "Instead of pissa on all but small models (SmolLM2-135M on one thread: 3 s against 16 s).",
         "Halko et al. 2009, arXiv:0909.4061",
         {"lora": {"init_lora_weights": "pissa_niter_16"}},
     ),
