@@ -118,8 +118,8 @@ METHODS = (
         "init",
         "B and A begin as the first r columns of Q and rows of R of the weight's W = Q R. The base keeps its weight; what "
         "the pair began with is subtracted. Saved at twice the rank.",
-        "Where pissa's exact decomposition takes too long (SmolLM2-135M on one thread: 5 s against 16 s). The directions are those "
-        "of the first r inputs, not the largest.",
+        "Where pissa's exact decomposition takes too long (SmolLM2-135M on one thread: 5 s against 16 s). The directions are "
+        "those of the first r inputs, not the largest.",
         "Büyükakyüz 2024, arXiv:2406.01775",
         {"lora": {"init_lora_weights": "olora"}},
     ),
@@ -131,6 +131,15 @@ METHODS = (
         "Faster learning at high ranks. Its authors use alpha = r, no dropout, and a learning rate of 2e-5 for r = 128.",
         "Meng et al. 2024, arXiv:2404.02948",
         {"lora": {"init_lora_weights": "pissa"}},
+    ),
+    Method(
+        "eva",
+        "init",
+        "A begins as the directions in which a layer's inputs vary most at the answers of a few of the run's own batches, B at "
+        "zero. Every layer keeps the rank it was given.",
+        "Data unlike what the model has seen; costs a few forward passes at the start. Only through `luthier train`.",
+        "Paischer et al. 2024, arXiv:2410.07170",
+        {"lora": {"init_lora_weights": "eva"}},
     ),
     Method(
         "pissa_niter_<number>",
@@ -154,6 +163,11 @@ def is_known_init(init: bool | str) -> bool:
 
 def keeps_start(init: bool | str) -> bool:
     """Return whether a pair with this init begins at B0 A0 != 0, which it then has to keep to subtract."""
+    return needs_linear(init) and init != "eva"
+
+
+def needs_linear(init: bool | str) -> bool:
+    """Return whether this init's equations are for linear layers only."""
     return isinstance(init, str) and init != "gaussian"
 
 
@@ -161,6 +175,8 @@ def why_no_start(init: bool | str, r: int, in_features: int, out_features: int) 
     """Return why a linear layer cannot begin with this init at this rank, or None."""
     if init == "orthogonal" and r % 2:
         return f"init 'orthogonal' gives A one half of the rank and B the other, so r must be even, not {r}"
+    if init == "eva" and r > in_features:
+        return f"init 'eva' takes r={r} directions from inputs of width {in_features}"
     if keeps_start(init) and init != "orthogonal" and r > min(in_features, out_features):
         return (
             f"init '{init}' takes r={r} directions from a weight of {out_features} x {in_features}, "
