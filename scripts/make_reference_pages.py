@@ -124,9 +124,9 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def main() -> None:
     """Write the pages."""
     from luthier.cli.app import app
-    from luthier.core.methods import METHODS
+    from luthier.core.methods import CATALOGUE
 
-    pages = {"commands": commands_page(app), "settings": settings_page(settings_models()), "methods": methods_page(METHODS)}
+    pages = {"commands": commands_page(app), "settings": settings_page(settings_models()), "methods": methods_page(CATALOGUE)}
     for name, text in ((f"{name}.md", text) for name, text in pages.items()):
         (DOCS / name).write_text(text, encoding="utf-8")
         print(f"wrote docs/{name}")

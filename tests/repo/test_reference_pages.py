@@ -8,7 +8,7 @@ import pytest
 import typer
 from pydantic import Field
 
-from luthier.core.methods import METHODS
+from luthier.core.methods import CATALOGUE
 from luthier.core.settings import Settings
 
 
@@ -62,7 +62,7 @@ def test_the_settings_page_is_current(pages: ModuleType, root: Path) -> None:
 
 
 def test_the_methods_page_is_current(pages: ModuleType, root: Path) -> None:
-    assert (root / "docs/methods.md").read_text() == pages.methods_page(METHODS), "run: make docs"
+    assert (root / "docs/methods.md").read_text() == pages.methods_page(CATALOGUE), "run: make docs"
 
 
 def test_the_walk_reaches_nested_commands_and_their_parameters(pages: ModuleType) -> None:

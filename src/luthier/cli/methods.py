@@ -14,12 +14,12 @@ def methods(
     console = make_console(as_json)
     from rich.table import Table
 
-    from luthier.core.methods import METHODS
+    from luthier.core.methods import CATALOGUE
     from luthier.train.settings import is_available
 
-    shown = [method for method in METHODS if name in (None, method.name)]
+    shown = [method for method in CATALOGUE if name in (None, method.name)]
     if not shown:
-        known = [method.name for method in METHODS]
+        known = [method.name for method in CATALOGUE]
         raise ConfigError(f"there is no method {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}")
     if as_json:
         keys = ("name", "kind", "what", "when", "source", "settings", "flag")

@@ -32,7 +32,7 @@ class Method:
         return f"--{self.kind} {self.name}"
 
 
-METHODS = (
+CATALOGUE = (
     Method(
         "lora",
         "method",
@@ -152,8 +152,8 @@ METHODS = (
     ),
 )
 
-METHOD_NAMES = tuple(method.name for method in METHODS if method.kind == "method")
-INIT_NAMES = tuple(method.name for method in METHODS if method.kind == "init" and method.name != "kaiming")
+METHOD_NAMES = tuple(method.name for method in CATALOGUE if method.kind == "method")
+INIT_NAMES = tuple(method.name for method in CATALOGUE if method.kind == "init" and method.name != "kaiming")
 
 
 def is_known_init(init: bool | str) -> bool:

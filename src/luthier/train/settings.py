@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError, did_you_mean
-from luthier.core.methods import METHOD_NAMES, METHODS, Method
+from luthier.core.methods import CATALOGUE, METHOD_NAMES, Method
 from luthier.core.settings import Settings
 
 DEFAULT_R = 16
@@ -144,7 +144,7 @@ def settings_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     if unknown := [name for name in names if name not in METHOD_NAMES]:
         near = did_you_mean(unknown[0], METHOD_NAMES)
         raise ConfigError(f"there is no method {unknown[0]!r}.{near} Known: {', '.join(METHOD_NAMES)}; see: luthier methods")
-    chosen = [method for method in METHODS if method.name in names]
+    chosen = [method for method in CATALOGUE if method.name in names]
     if absent := [method.name for method in chosen if not is_available(method)]:
         raise ConfigError(f"not available yet in this version of luthier: {', '.join(absent)}")
     values: dict[str, dict[str, Any]] = {}
@@ -156,7 +156,7 @@ def settings_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def check_methods(settings: RunSettings, names: Sequence[str]) -> None:
     """Raise ConfigError unless `settings` use the methods with these names and no other."""
-    used = [method.name for method in METHODS if method.kind == "method" and method.settings and _is_used(method, settings)]
+    used = [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
     others, unused = sorted(set(used) - set(names)), sorted(set(names) - set(used) - {"lora"})
     if others or unused:
         faults = [f"the settings also ask for {', '.join(others)}: name it with --method too, or take it out"] * bool(others)

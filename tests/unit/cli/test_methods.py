@@ -8,25 +8,25 @@ from typing import Any
 import pytest
 
 from luthier.core.config import LoraConfig
-from luthier.core.methods import METHODS, Method, is_known_init
+from luthier.core.methods import CATALOGUE, Method, is_known_init
 from luthier.train.settings import TrainSettings, is_available
 
 Luthier = Callable[..., Any]
-AVAILABLE = [method for method in METHODS if is_available(method)]
+AVAILABLE = [method for method in CATALOGUE if is_available(method)]
 
 
 @pytest.fixture
 def look(luthier: Luthier, tiny_folder: Path, rows_file: Path) -> Callable[..., Any]:
     """Return a function that asks for a dry run of a tiny model with more words."""
-    return lambda *words: luthier("train", "-m", tiny_folder, "-d", rows_file, "--r", "4", *words, "--dry-run", "--json")
+    return lambda *words: luthier("train", "-m", tiny_folder, "-d", rows_file, *words, "--dry-run", "--json")
 
 
 def test_every_method_is_explained_to_people_and_programs(luthier: Luthier) -> None:
     said = luthier("methods")
     words = " ".join(said.out.split())
     told = json.loads(luthier("methods", "--json").out)["methods"]
-    assert [each["name"] for each in told] == [method.name for method in METHODS]
-    for method in METHODS:
+    assert [each["name"] for each in told] == [method.name for method in CATALOGUE]
+    for method in CATALOGUE:
         assert method.name in words
         assert " ".join(method.when.split()[:3]) in words
         assert 60 <= len(method.what) <= 300, "about four lines with the rest"
@@ -50,7 +50,7 @@ def test_each_flag_sets_what_the_list_says(method: Method, look: Callable[..., A
 
 
 def test_the_list_has_every_init_that_the_configuration_takes() -> None:
-    chosen = [method.settings["lora"]["init_lora_weights"] for method in METHODS if method.kind == "init"]
+    chosen = [method.settings["lora"]["init_lora_weights"] for method in CATALOGUE if method.kind == "init"]
     assert all(is_known_init(init) and LoraConfig(init_lora_weights=init).init_lora_weights == init for init in chosen)
     assert {type(init) for init in chosen} == {bool, str}
 
@@ -81,14 +81,14 @@ def test_what_contradicts_itself_is_refused(words: list[str], told: str, look: C
     assert told in json.loads(said.out)["error"]["message"]
 
 
-@pytest.mark.parametrize("name", [method.name for method in METHODS if not is_available(method)])
+@pytest.mark.parametrize("name", [method.name for method in CATALOGUE if not is_available(method)])
 def test_what_is_not_there_yet_is_refused_by_name(name: str, look: Callable[..., Any]) -> None:
     assert f"not available yet in this version of luthier: {name}" in look("--method", name).err
 
 
 def test_every_setting_of_a_method_exists_or_the_method_is_not_available() -> None:
     fields = {"lora": LoraConfig.model_fields, "train": TrainSettings.model_fields}
-    for method in METHODS:
+    for method in CATALOGUE:
         if method.name not in ("dora", "adalora"):
             assert all(key in fields[section] for section, chosen in method.settings.items() for key in chosen), method.name
             assert is_available(method)
