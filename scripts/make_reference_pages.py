@@ -1,4 +1,4 @@
-"""Write docs/commands.md and docs/settings.md from the program itself: make docs.
+"""Write docs/commands.md, docs/settings.md and docs/methods.md from the program itself: make docs.
 
 Every command of the command line and every settings model is walked, none is listed here by hand. A test fails when a page
 differs from what this script would write, or when anything on it lacks a description. It never runs a command.
@@ -95,6 +95,26 @@ def settings_page(models: list[Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+# --- methods -------------------------------------------------------------------------------------------------
+
+
+def methods_page(methods: Sequence[Any]) -> str:
+    """Return the page of all methods and inits: what each does, when to use it, and how to ask for it."""
+    parts = ["# Methods", NOTICE, "The same list in the terminal: `luthier methods`."]
+    for kind, title in (("method", "Ways to adapt"), ("init", "Ways to begin")):
+        parts.append(f"## {title}")
+        for one in (one for one in methods if one.kind == kind):
+            settings = ", ".join(
+                f"`{section}.{key} = {value!r}`" for section, keys in one.settings.items() for key, value in keys.items()
+            )
+            parts.append(f"### `{one.name}`")
+            parts.append(f"{one.what}\n\nWhen: {one.when}")
+            parts.append(
+                f"Ask for it with `{one.flag}`" + (f", which sets {settings}" if settings else "") + f". Source: {one.source}."
+            )
+    return "\n\n".join(parts) + "\n"
+
+
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return a Markdown table; a bar inside a cell is escaped and a line break becomes a space."""
     lines = [head, tuple("---" for _ in head), *rows]
@@ -102,10 +122,12 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write the pages."""
     from luthier.cli.app import app
+    from luthier.core.methods import CATALOGUE
 
-    for name, text in (("commands.md", commands_page(app)), ("settings.md", settings_page(settings_models()))):
+    pages = {"commands": commands_page(app), "settings": settings_page(settings_models()), "methods": methods_page(CATALOGUE)}
+    for name, text in ((f"{name}.md", text) for name, text in pages.items()):
         (DOCS / name).write_text(text, encoding="utf-8")
         print(f"wrote docs/{name}")
 

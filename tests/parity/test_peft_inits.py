@@ -11,12 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils.incremental_pca import IncrementalPCA
 from tests.parity.cases import MakeModel, adamw_curve, logits, randomise, relative
 from torch import nn
 
 from luthier.adapt.attaching import attach
 from luthier.adapt.state import adapter_parameters
 from luthier.core.config import LoraConfig
+from luthier.core.inits import RunningPCA
 from luthier.formats.adapters import load_adapter, save_adapter
 from luthier.formats.keys import item_key
 
@@ -103,6 +105,18 @@ def test_what_peft_converts_loads_in_ours(init: str, make_model: MakeModel, tmp_
     model = make_model("llama")
     load_adapter(model, tmp_path / "peft")
     assert relative(logits(model), expected) <= 1e-5
+
+
+def test_a_running_pca_finds_the_directions_that_pefts_finds() -> None:
+    generator = torch.Generator().manual_seed(2)
+    turn = torch.linalg.qr(torch.randn(40, 40, generator=generator)).Q
+    rows = torch.randn(300, 40, generator=generator) * 0.6 ** torch.arange(40) @ turn + torch.randn(40, generator=generator)
+    ours, theirs = RunningPCA(6), IncrementalPCA(n_components=6)
+    for batch in rows.split(60):
+        ours.add(batch)
+        theirs.partial_fit(batch)
+    cosines = torch.linalg.svdvals(ours.directions(3) @ theirs.components_[:3].T.float())
+    assert float(cosines.min()) >= 0.999
 
 
 def test_olora_turns_a_conv1d_weight_the_right_way_round(make_model: MakeModel) -> None:

@@ -1,4 +1,4 @@
-"""Every command, option and setting is described, and the two reference pages say what the program says."""
+"""Every command, option and setting is described, and the reference pages say what the program says."""
 
 import importlib.util
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import typer
 from pydantic import Field
 
+from luthier.core.methods import CATALOGUE
 from luthier.core.settings import Settings
 
 
@@ -58,6 +59,10 @@ def test_every_setting_is_described(pages: ModuleType) -> None:
 
 def test_the_settings_page_is_current(pages: ModuleType, root: Path) -> None:
     assert (root / "docs/settings.md").read_text() == pages.settings_page(pages.settings_models()), "run: make docs"
+
+
+def test_the_methods_page_is_current(pages: ModuleType, root: Path) -> None:
+    assert (root / "docs/methods.md").read_text() == pages.methods_page(CATALOGUE), "run: make docs"
 
 
 def test_the_walk_reaches_nested_commands_and_their_parameters(pages: ModuleType) -> None:

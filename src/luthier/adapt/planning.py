@@ -13,7 +13,7 @@ from luthier.core.adalora import adalora_scaling
 from luthier.core.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
 from luthier.core.errors import TargetError, did_you_mean
 from luthier.core.lora import lora_scaling
-from luthier.core.methods import keeps_start, why_no_start
+from luthier.core.methods import needs_linear, why_no_start
 from luthier.core.names import block_index, is_inside_saved, is_saved_whole, is_target, matches_any, matches_name, pattern_value
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_not
@@ -230,7 +230,7 @@ def _without_start(config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[s
     """Say which layers cannot begin as init_lora_weights asks."""
     init = config.init_lora_weights
     for layer in layers:
-        if layer.kind.word not in ("linear", "conv1d") and keeps_start(init):
+        if layer.kind.word not in ("linear", "conv1d") and needs_linear(init):
             yield f"{layer.path}: init '{init}' is for linear layers, this is a layer of kind {layer.kind.word}; use init True"
         elif reason := why_no_start(init, layer.r, layer.in_features, layer.out_features):
             yield f"{layer.path}: {reason}"
@@ -360,6 +360,8 @@ def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: l
     for word in ("embedding", "attention"):
         if config.lora_dropout and any(layer.kind.word == word for layer in layers):
             yield f"lora_dropout has no effect on {word} layers"
+    if config.init_lora_weights == "eva":
+        yield "init 'eva': lora_A is kaiming-uniform until it has seen data (luthier train, luthier.train.eva.start_from_inputs)"
 
 
 def _left_out(modules: dict[str, nn.Module], given: LoraConfig) -> Iterator[str]:

@@ -17,6 +17,8 @@ def train(
     out: str | None = typer.Option(None, "--out", "-o", help="Folder of the run. Default: runs/<data>-<number>."),
     resume: Path | None = typer.Option(None, help="Carry on with the run in this folder; nothing else may be given."),
     dry_run: bool = typer.Option(False, help="Show what would be trained, with a sample of the labels, and stop."),
+    method: list[str] = typer.Option([], help="Method, as in `luthier methods`; repeat it to combine. Default: lora."),
+    init: str | None = typer.Option(None, help="How pairs begin, as in `luthier methods`. Default: kaiming."),
     r: int | None = typer.Option(None, "--r", help="Rank. Default 16."),
     lora_alpha: float | None = typer.Option(None, help="Numerator of the scaling. Default: twice the rank."),
     target: list[str] = typer.Option([], help="Module to adapt; repeat it. Default: all linear layers."),
@@ -41,7 +43,7 @@ def train(
         "out": out,
         "dtype": dtype,
         "data": {"path": data, "eval_path": eval_data, "prompt": prompt, "completion": completion, "system": system},
-        "lora": {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None},
+        "lora": {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None, "init_lora_weights": init_value(init)},
         "train": {
             "learning_rate": learning_rate,
             "epochs": epochs,
@@ -55,7 +57,7 @@ def train(
     for setting in settings:
         put_setting(flags, setting)
     if resume is not None:
-        given = sorted(named(flags)) + ["--config"] * (config is not None) + ["--dry-run"] * dry_run
+        given = sorted(named(flags)) + ["--config"] * (config is not None) + ["--dry-run"] * dry_run + ["--method"] * bool(method)
         if given:
             raise ConfigError(f"--resume takes its settings from the run; also given: {', '.join(given)}. Leave them out.")
         quiet_transformers()
@@ -63,10 +65,14 @@ def train(
 
         outcome = carry_on(resume, console=console)
     else:
-        from luthier.train.settings import read_settings
+        from luthier.train.settings import check_methods, read_settings, settings_of
 
+        for section, chosen in settings_of(method).items():
+            flags[section] = chosen | {key: value for key, value in flags[section].items() if value is not None}
         flags["out"] = flags["out"] or default_out(config, flags)
         resolved = read_settings(config, flags)
+        if method:
+            check_methods(resolved, method)
         quiet_transformers()
         from luthier.train.run import dry_run as look
         from luthier.train.run import train as start
@@ -81,6 +87,11 @@ def train(
         print_json(outcome.summary | {"preflight": outcome.preflight.as_dict()})
     if outcome.summary["ended"] == "interrupted":
         raise typer.Exit(130)
+
+
+def init_value(name: str | None) -> bool | str | None:
+    """Return what lora.init_lora_weights is for the init with this name; the settings refuse a name that is none."""
+    return True if name == "kaiming" else name
 
 
 def put_setting(values: dict[str, Any], setting: str) -> None:

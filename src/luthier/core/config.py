@@ -36,7 +36,7 @@ class LoraConfig(Settings):
     init_lora_weights: bool | str = Field(
         True,
         description="True: kaiming-uniform A, zero B; 'gaussian': normal A with std 1/r, zero B; False: both random; "
-        "'orthogonal', 'olora', 'pissa', 'pissa_niter_<number>': see `luthier methods`",
+        "'orthogonal', 'olora', 'pissa', 'pissa_niter_<number>', 'eva': see `luthier methods`",
     )
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="regular expression -> r for matching layers")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="regular expression -> lora_alpha")

@@ -12,6 +12,8 @@ Their authors write the residual W - scaling * B0 A0 into the base. Here W stays
 Shape letters: R rank, I in_features, O out_features. A: (R, I), B: (O, R).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,35 @@ def pissa_pair(weight_OI: Tensor, r: int, scaling: float, niter: int | None = No
         Vt = V.T
     root_R = (S / scaling).sqrt()
     return root_R[:, None] * Vt, U * root_R
+
+
+class RunningPCA:
+    """The leading principal directions of rows that come in batches, about their mean, without keeping the rows.
+
+    The rows so far are stood for by `num_kept` rows, the leading S V^T of the centred ones. Those, the new rows about their own
+    mean, and one row for the distance of the two means have the same covariance as all rows together; of these the leading part
+    is kept again. Exact while nothing is cut off. Ross et al. 2008, Incremental Learning for Robust Visual Tracking, section 3.
+    """
+
+    def __init__(self, num_kept: int):
+        self.num_kept, self.num_rows = num_kept, 0
+        self._mean_I = self._kept_KI = torch.empty(0)
+
+    def add(self, rows_NI: Tensor) -> None:
+        """Take in a batch of rows (N, I); computed in float32 at least."""
+        rows_NI = rows_NI.detach().to(torch.promote_types(rows_NI.dtype, torch.float32))
+        if not len(rows_NI):
+            return
+        count, new_mean_I = len(rows_NI), rows_NI.mean(0)
+        stacked = [rows_NI - new_mean_I]
+        if self.num_rows:
+            shift = math.sqrt(self.num_rows * count / (self.num_rows + count)) * (new_mean_I - self._mean_I)
+            stacked = [self._kept_KI, *stacked, shift[None]]
+            new_mean_I = self._mean_I + (new_mean_I - self._mean_I) * (count / (self.num_rows + count))
+        _, S, Vt = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
+        self._kept_KI = S[: self.num_kept, None] * Vt[: self.num_kept]
+        self._mean_I, self.num_rows = new_mean_I, self.num_rows + count
+
+    def directions(self, r: int) -> Tensor:
+        """Return the first r directions (R, I), orthonormal, in float32. Rows that vary in fewer directions have no more."""
+        return torch.nn.functional.normalize(self._kept_KI[:r].double(), dim=1).float()

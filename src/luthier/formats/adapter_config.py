@@ -68,6 +68,8 @@ def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mappin
     """Return the text of adapter_config.json."""
     values = _UNUSED | _INFORMATIONAL | config.model_dump()
     values |= {"fan_in_fan_out": fan_in_fan_out, "auto_mapping": auto_mapping}
+    if config.init_lora_weights in _SPENT_INITS:
+        values["init_lora_weights"] = True
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values[key], list):
             values[key] = sorted(values[key])

@@ -16,7 +16,7 @@ from luthier.adapt.state import adapter_parameters, roster_of
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.methods import keeps_start
-from luthier.data.batches import split_rows
+from luthier.data.batches import collate, split_rows
 from luthier.data.encode import EncodedSet, encode
 from luthier.data.formats import sniff_format
 from luthier.data.messages import Example, to_examples
@@ -26,6 +26,7 @@ from luthier.formats.adapters import check_base, fingerprint_of, load_adapter
 from luthier.formats.fingerprint import Fingerprint
 from luthier.formats.folder import read_adapter
 from luthier.models.load import LoadedModel, load_model
+from luthier.train.eva import start_from_inputs
 from luthier.train.groups import freeze_lora_A
 from luthier.train.schedule import Step, plan_steps
 from luthier.train.settings import DataSettings, RunSettings
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"
+EVA_BATCHES = 8
+"""Micro-batches that init 'eva' looks at: the run's first ones."""
 
 
 @dataclass
@@ -84,6 +87,12 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     if adapter is None:
         torch.manual_seed(settings.train.seed)
         planned = attach(base.model, lora, ADAPTER)
+        if lora.init_lora_weights == "eva":
+            tell("Looking at what the layers are given")
+            first = [batch for _, batches in plan_steps(rows.train.lengths, settings.train) for batch in batches][:EVA_BATCHES]
+            pad_id = pad_id_of(base.tokenizer)
+            batches = (collate([rows.train.rows[index] for index in indices], pad_id) for indices in first)
+            start_from_inputs(base.model, ADAPTER, batches)
     else:
         load_adapter(base.model, adapter, ADAPTER, trainable=True)
         planned = plan(base.model, lora)

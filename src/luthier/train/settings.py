@@ -2,6 +2,7 @@
 
 import hashlib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -9,7 +10,8 @@ import tomli_w
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from luthier.core.config import METHODS, AdaLoraConfig, LoraConfig
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, did_you_mean
+from luthier.core.methods import CATALOGUE, METHOD_NAMES, Method
 from luthier.core.settings import Settings
 
 DEFAULT_R = 16
@@ -143,6 +145,51 @@ def read_settings(path: str | Path | None, overrides: dict[str, Any] | None = No
 def _twice(r: Any) -> int:
     # A rank that is at fault is told once, not a second time as the alpha that would follow from it.
     return 2 * r if isinstance(r, int) and r > 0 else 1
+
+
+def settings_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the settings, by section, that choose the methods with these names.
+
+    Raises: ConfigError for a name that is none, or one that this version cannot do yet.
+    """
+    if unknown := [name for name in names if name not in METHOD_NAMES]:
+        near = did_you_mean(unknown[0], METHOD_NAMES)
+        raise ConfigError(f"there is no method {unknown[0]!r}.{near} Known: {', '.join(METHOD_NAMES)}; see: luthier methods")
+    chosen = [method for method in CATALOGUE if method.name in names]
+    if absent := [method.name for method in chosen if not is_available(method)]:
+        raise ConfigError(f"not available yet in this version of luthier: {', '.join(absent)}")
+    values: dict[str, dict[str, Any]] = {}
+    for method in chosen:
+        for section, settings in method.settings.items():
+            values.setdefault(section, {}).update(settings)
+    return values
+
+
+def check_methods(settings: RunSettings, names: Sequence[str]) -> None:
+    """Raise ConfigError unless `settings` use the methods with these names and no other."""
+    used = [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
+    others, unused = sorted(set(used) - set(names)), sorted(set(names) - set(used) - {"lora"})
+    if others or unused:
+        faults = [f"the settings also ask for {', '.join(others)}: name it with --method too, or take it out"] * bool(others)
+        faults += [f"the settings undo {', '.join(unused)}: leave out what does"] * bool(unused)
+        raise ConfigError(f"--method says {', '.join(names)}, but {'; '.join(faults)}")
+
+
+def is_available(method: Method) -> bool:
+    """Return whether this version has the settings that choose the method."""
+    return all(key in _fields_of(section) for section, settings in method.settings.items() for key in settings)
+
+
+def _is_used(method: Method, settings: RunSettings) -> bool:
+    return all(
+        bool(getattr(getattr(settings, section), key, None)) for section, chosen in method.settings.items() for key in chosen
+    )
+
+
+def _fields_of(section: str) -> dict[str, Any]:
+    models: dict[str, type[Settings]] = {"lora": LoraConfig, "train": TrainSettings}
+    model = models[section]
+    return {key: field for each in (*model.__subclasses__(), model) for key, field in each.model_fields.items()}
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

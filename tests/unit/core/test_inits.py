@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.core.inits import olora_pair, orthogonal_pair, pissa_pair, start_of
+from luthier.core.inits import RunningPCA, olora_pair, orthogonal_pair, pissa_pair, start_of
 from luthier.core.methods import is_known_init, keeps_start, why_no_start
 
 SHAPES = [(4, 13, 29), (7, 48, 31), (6, 123, 6), (1, 5, 5)]
@@ -99,3 +99,30 @@ def test_plain_inits_keep_nothing_and_fit_every_rank(init: bool | str) -> None:
 )
 def test_other_words_are_no_init(init: str) -> None:
     assert not is_known_init(init)
+
+
+def principal(rows: np.ndarray, r: int) -> np.ndarray:
+    """Return the first r principal directions of rows about their mean."""
+    return np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:r]
+
+
+def alike(found: torch.Tensor, expected: np.ndarray) -> float:
+    """Return the smallest cosine between the two subspaces (that of the largest principal angle)."""
+    return float(np.linalg.svd(found.double().numpy() @ expected.T, compute_uv=False).min())
+
+
+@pytest.mark.parametrize("num_kept", [6, 40], ids=["cut", "whole"])
+def test_a_running_pca_finds_the_directions_of_all_rows_about_their_mean(num_kept: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    sizes = 0.6 ** torch.arange(40)
+    turn = torch.linalg.qr(torch.randn(40, 40, generator=generator)).Q
+    rows = torch.randn(301, 40, generator=generator) * sizes @ turn + 5 * torch.randn(40, generator=generator)
+    pca = RunningPCA(num_kept)
+    for batch in rows.split([7, 100, 1, 0, 93, 100]):
+        pca.add(batch)
+    assert pca.num_rows == 301
+    found, expected = pca.directions(3), principal(rows.double().numpy(), 3)
+    np.testing.assert_allclose((found @ found.T).numpy(), np.eye(3), atol=1e-5)
+    assert alike(found, expected) >= (0.999 if num_kept == 6 else 1 - 1e-6)
+    uncentred = np.linalg.svd(rows.double().numpy(), full_matrices=False)[2][:3]
+    assert alike(found, uncentred) < 0.9, "the mean makes no difference here: this proves little"
