@@ -60,7 +60,7 @@ class AttachPlan:
         names = Counter((layer.path.rsplit(".", 1)[-1], layer.in_features, layer.out_features, layer.r) for layer in self.layers)
         lines = [f"{self.num_parameters:,} of {self.num_base_parameters:,} parameters are trained ({self.share:.2%})"]
         for (name, in_features, out_features, r), count in names.items():
-            each = r * (in_features + out_features)
+            each = r * (in_features + out_features + isinstance(self.config, AdaLoraConfig))
             lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
         lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
         if self.biases:
