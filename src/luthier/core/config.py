@@ -163,5 +163,5 @@ class AdaLoraConfig(LoraConfig):
         return self.rank_pattern.get(f"{path}.lora_E", [True] * self.init_r)
 
 
-METHODS: dict[Any, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
+PEFT_TYPES: dict[Any, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
 """PEFT's `peft_type` -> the configuration of that method."""

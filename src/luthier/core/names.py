@@ -12,7 +12,7 @@ from luthier.core.errors import AdapterNameError
 
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_PEFT_WORDS = frozenset({"lora", "lora_", "lora_A", "lora_B", "base_layer", "modules_to_save"})
+_PEFT_WORDS = frozenset({"lora", "lora_", "lora_A", "lora_B", "lora_E", "base_layer", "modules_to_save"})
 
 
 def check_adapter_name(name: str, taken: Iterable[str] = ()) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any
 
-from luthier.core.config import METHODS, AdaLoraConfig, LoraConfig
+from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterFormatError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -95,11 +95,11 @@ def parse_config(text: str, where: str) -> LoraConfig:
         raise AdapterFormatError(f"{where} is not JSON: {error}") from error
     if not isinstance(data, dict) or "peft_type" not in data:
         raise AdapterFormatError(f"{where} has no 'peft_type'; it is not a PEFT adapter's configuration")
-    if not isinstance(data["peft_type"], str) or data["peft_type"] not in METHODS:
+    if not isinstance(data["peft_type"], str) or data["peft_type"] not in PEFT_TYPES:
         raise AdapterFormatError(
-            f"{where} has peft_type {data['peft_type']!r}; this version of luthier reads {' and '.join(METHODS)}"
+            f"{where} has peft_type {data['peft_type']!r}; this version of luthier reads {' and '.join(PEFT_TYPES)}"
         )
-    method = METHODS[data["peft_type"]]
+    method = PEFT_TYPES[data["peft_type"]]
     used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {}, [])}
     init = data.get("init_lora_weights", True)
     if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:  # PEFT's base is another one then

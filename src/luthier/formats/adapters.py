@@ -28,6 +28,7 @@ from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
 from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, rows_key, whole_key
+from luthier.formats.plain_lora import plain_lora
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import layer_kind
 
@@ -53,6 +54,7 @@ def save_adapter(
     metrics: dict[str, Any] | None = None,
     base: Fingerprint | None = None,
     save_embedding_layers: bool = False,
+    as_lora: bool = False,
 ) -> Path:
     """Write the adapter `name` to the folder `path` in PEFT's format, with its base's fingerprint and `recipe` beside it.
 
@@ -60,11 +62,14 @@ def save_adapter(
     embeddings, as PEFT does by default; it is large, and only PEFT's check of it needs it. An adapter whose pairs keep what they
     began with (pissa, olora, orthogonal) is written as the plain adapter of twice the rank that it equals on the same base, and
     the recipe says so.
+    With `as_lora` an AdaLoRA adapter is written as the plain LoRA that computes the same, each layer with the rank that is left.
     Raises: AdapterStateError, StorageError (an adapter that was there before is intact), AdapterFormatError (not finite).
     """
     config = roster_of(model).configs.get(name)
     tensors = adapter_tensors(model, name)
     assert config is not None  # adapter_tensors has checked the name
+    if as_lora:
+        config, tensors = plain_lora(model, name, config)
     kinds = {item.kind.word for item in adapter_parameters(model, name) if item.kind}
     if save_embedding_layers:
         tensors |= _own_tables(model, name)

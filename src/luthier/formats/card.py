@@ -3,7 +3,7 @@
 from typing import Any
 
 from luthier import __version__
-from luthier.core.config import LoraConfig
+from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.formats.adapter_config import PEFT_VERSION
 
 
@@ -17,7 +17,10 @@ def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
     lines += ["tags:", f"- 'base_model:adapter:{quoted}'", "- lora", "- transformers", "---", ""]
     lines += [f"# LoRA adapter for {base or 'a base model'}", ""]
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
-    lines += [f"- rank {config.r}, alpha {config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}", f"- on {targets}", ""]
+    rank = f"rank {config.r}"
+    if isinstance(config, AdaLoraConfig):
+        rank = f"AdaLoRA, rank {config.target_r} of {config.init_r} on average"
+    lines += [f"- {rank}, alpha {config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}", f"- on {targets}", ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in sorted(metrics.items())]

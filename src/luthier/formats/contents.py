@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from luthier.core.adalora import adalora_scaling
+from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.lora import lora_scaling
 from luthier.core.names import pattern_value
 from luthier.formats.folder import AdapterFolder
@@ -22,7 +24,7 @@ def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
         "folder": str(folder.path),
         "base": config.base_model_name_or_path,
         "fingerprint": (base.get("sample_digest") or "")[:16] or None,
-        "method": f"LoRA, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}",
+        "method": _method(config),
         "targets": targets,
         "parameters": f"{folder.num_parameters:,}",
         "num_parameters": folder.num_parameters,
@@ -37,19 +39,34 @@ def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
     }
 
 
+def _method(config: LoraConfig) -> str:
+    if isinstance(config, AdaLoraConfig):
+        return f"AdaLoRA, r={config.init_r} to {config.target_r} on average, alpha={config.lora_alpha:g}"
+    return f"LoRA, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}"
+
+
 def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:
     tensors = {key: folder.tensors[found] for found, key in canonical_keys(folder.tensors).items()}
     layers = []
     for key, lora_A in tensors.items():
-        for a_suffix, b_suffix in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+        for a_suffix, b_suffix in (
+            (".lora_A.weight", ".lora_B.weight"),
+            (".lora_embedding_A", ".lora_embedding_B"),
+            (".lora_A", ".lora_B"),
+        ):
             lora_B = tensors.get(key.removesuffix(a_suffix) + b_suffix)
             if not key.endswith(a_suffix) or lora_B is None:
                 continue
             path = key.removesuffix(a_suffix).removeprefix(PREFIX)
             A, B = lora_A.double(), lora_B.double()
-            alpha = pattern_value(folder.config.alpha_pattern, path, folder.config.lora_alpha)
-            scaling = lora_scaling(len(A), alpha, folder.config.use_rslora)
-            squared = float(((A @ A.T) * (B.T @ B)).sum())
+            if isinstance(folder.config, AdaLoraConfig):
+                scaling = adalora_scaling(folder.config.init_r, folder.config.lora_alpha)
+            else:
+                alpha = pattern_value(folder.config.alpha_pattern, path, folder.config.lora_alpha)
+                scaling = lora_scaling(len(A), alpha, folder.config.use_rslora)
+            lora_E = tensors.get(f"{PREFIX}{path}.lora_E")
+            EA = A if lora_E is None else A * lora_E.double()
+            squared = float(((EA @ EA.T) * (B.T @ B)).sum())
             layers.append(
                 {
                     "path": path,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from luthier.core.config import METHODS, AdaLoraConfig, LoraConfig
+from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.methods import CATALOGUE, METHOD_NAMES, Method
 from luthier.core.settings import Settings
@@ -96,8 +96,8 @@ class RunSettings(Settings):
         if method == "ADALORA":
             init_r = given.get("init_r", AdaLoraConfig.model_fields["init_r"].default)
             return AdaLoraConfig(**{"lora_alpha": _twice(init_r), "task_type": TASK, **given})
-        if not isinstance(method, str) or method not in METHODS:
-            raise ValueError(f"peft_type {method!r} is not one of {', '.join(METHODS)}")
+        if not isinstance(method, str) or method not in PEFT_TYPES:
+            raise ValueError(f"peft_type {method!r} is not one of {', '.join(PEFT_TYPES)}")
         given = {key: value for key, value in given.items() if key != "peft_type"}
         r = given.get("r", DEFAULT_R)
         return {"r": r, "lora_alpha": _twice(r), "task_type": TASK} | given

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from luthier.core.config import LoraConfig
+from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError
 
 
@@ -73,3 +73,31 @@ def test_changed_validates_like_a_new_one() -> None:
 
 def test_modules_to_save_alone_is_enough() -> None:
     assert LoraConfig(target_modules=[], modules_to_save=["score"]).modules_to_save == ["score"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"r": 4}, "r has no effect in AdaLoRA: set init_r .* and target_r"),
+        ({"use_rslora": True}, "use_rslora has no effect"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern has no effect"),
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian' has no effect"),
+        ({"target_r": 13}, "target_r is 13, more than init_r, 12"),
+        ({"total_step": 30, "tinit": 10, "tfinal": 20}, "is 30 of 30 optimiser steps"),
+        ({"rank_pattern": {"q_proj.lora_E": [True]}}, "rank_pattern needs init_r=12 values"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"deltaT": 0}, "deltaT"),
+        ({"orth_reg_weight": -0.1}, "orth_reg_weight"),
+        ({"init_rank": 4}, "unknown key 'init_rank'"),
+        ({"r": 4, "target_r": 20}, r"(?s)r has no effect.*; target_r is 20"),
+    ],
+)
+def test_impossible_settings_of_adalora_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        AdaLoraConfig(**settings)
+
+
+def test_a_mask_says_which_triplets_a_layer_has() -> None:
+    config = AdaLoraConfig(init_r=3, target_r=3, rank_pattern={"first.q_proj.lora_E": [True, False, True]})
+    assert config.mask_of("first.q_proj") == [True, False, True]
+    assert config.mask_of("second.q_proj") == [True, True, True]

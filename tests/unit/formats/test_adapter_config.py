@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from luthier.core.config import LoraConfig
+from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterFormatError
 from luthier.formats.adapter_config import dump_config, parse_config
 
@@ -190,3 +190,25 @@ def test_what_is_wrong_is_said(text: str, word: str) -> None:
     with pytest.raises(AdapterFormatError, match=re.escape(word)) as caught:
         parse_config(text, "some/adapter_config.json")
     assert "some/adapter_config.json" in str(caught.value)
+
+
+def test_adalora_is_written_with_pefts_keys_and_read_back() -> None:
+    from peft import AdaLoraConfig as Theirs
+
+    config = AdaLoraConfig(target_modules=["q"], init_r=2, target_r=1, rank_pattern={"q.lora_E": [True, False]}, total_step=9)
+    text = dump_config(config)
+    assert parse_config(text, "here") == config
+    assert json.loads(text).keys() == Theirs(total_step=9).to_dict().keys() - {"runtime_config"}
+
+
+def test_what_peft_ignores_in_adalora_is_ignored() -> None:
+    values = {"peft_type": "ADALORA", "r": 4, "use_rslora": True, "alpha_pattern": {"q": 3}, "init_lora_weights": "gaussian"}
+    config = parse_config(json.dumps(values | {"target_modules": ["q"], "rank_pattern": None}), "here")
+    assert config == AdaLoraConfig(target_modules=["q"])
+
+
+def test_an_adalora_configuration_without_steps_is_one_that_peft_takes() -> None:
+    from peft import AdaLoraConfig as Theirs
+
+    written = json.loads(dump_config(AdaLoraConfig(target_modules=["q"], tinit=3, tfinal=4)))
+    assert Theirs(**{key: written[key] for key in ("total_step", "tinit", "tfinal")}).total_step == 8
