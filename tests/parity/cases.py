@@ -110,6 +110,16 @@ CASES = [
     Case("plain", "plain", {"r": 3, "lora_alpha": 7, "target_modules": ["table", "first", "second"]}),
     Case("plain-bias", "plain", {"r": 3, "target_modules": ["second"], "bias": "all", "modules_to_save": ["norm"]}),
     Case("dropout", "llama", {"r": 2, "target_modules": QV, "lora_dropout": 0.25, "task_type": "CAUSAL_LM"}),
+    Case("dora", "llama-bias", {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": "all-linear"}),
+    Case(
+        "dora-rslora",
+        "llama",
+        {"r": 4, "use_dora": True, "use_rslora": True, "target_modules": QV, "rank_pattern": {"q_proj": 2}},
+    ),
+    Case("dora-conv1d", "gpt2", {"r": 5, "lora_alpha": 9, "use_dora": True, "target_modules": ["c_attn", "c_proj"]}),
+    Case("dora-embedding", "llama", {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    Case("dora-random", "llama", {"r": 6, "use_dora": True, "target_modules": QV, "init_lora_weights": False}),
+    Case("dora-bias", "llama-bias", {"r": 2, "use_dora": True, "target_modules": QV, "bias": "lora_only"}),
 ]
 IDS_OF_CASES = [case.name for case in CASES]
 

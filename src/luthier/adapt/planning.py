@@ -12,7 +12,7 @@ from luthier.core.errors import TargetError, did_you_mean
 from luthier.core.lora import lora_scaling
 from luthier.core.names import block_index, is_inside_saved, is_saved_whole, is_target, matches_any, matches_name, pattern_value
 from luthier.layers.base import own_parameters
-from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_not
+from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_no_magnitude, why_not
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class PlannedLayer:
     lora_alpha: float
     scaling: float
     trains_bias: bool
+    has_magnitude: bool = False
 
     @property
     def num_parameters(self) -> int:
-        return self.r * (self.in_features + self.out_features) + self.trains_bias * self.out_features
+        return self.r * (self.in_features + self.out_features) + (self.trains_bias + self.has_magnitude) * self.out_features
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class AttachPlan:
         names = Counter((layer.path.rsplit(".", 1)[-1], layer.in_features, layer.out_features, layer.r) for layer in self.layers)
         lines = [f"{self.num_parameters:,} of {self.num_base_parameters:,} parameters are trained ({self.share:.2%})"]
         for (name, in_features, out_features, r), count in names.items():
-            each = r * (in_features + out_features)
+            each = r * (in_features + out_features) + self.config.use_dora * out_features
             lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
         lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
         if self.biases:
@@ -83,7 +84,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
         kind = layer_kind(module)
         if kind is None:
             faults.append(f"{path} is a {_class_name(module)}; only Linear, Embedding and Conv1D layers can be adapted")
-        elif reason := why_not(module, modules[path.rpartition(".")[0]]):
+        elif reason := why_not(module, modules[path.rpartition(".")[0]]) or (config.use_dora and why_no_magnitude(module)):
             faults.append(f"{path}: {reason}")
         elif whole := _holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
@@ -156,7 +157,7 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     in_features, out_features = kind.sizes(module)
     trains_bias = config.bias != "none" and getattr(module, "bias", None) is not None
     scaling = lora_scaling(r, lora_alpha, config.use_rslora)
-    return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias)
+    return PlannedLayer(path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, config.use_dora)
 
 
 def _unmatched(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:

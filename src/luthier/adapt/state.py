@@ -62,7 +62,9 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AdapterParameter:
-    """One trained tensor: `role` is lora_A, lora_B or bias of the pair at `path`, or `whole` with the replaced one's key."""
+    """One trained tensor: `role` is lora_A, lora_B, bias or magnitude of the pair at `path`, or `whole` with the replaced
+    one's key.
+    """
 
     path: str
     role: str

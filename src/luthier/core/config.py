@@ -42,6 +42,7 @@ class LoraConfig(Settings):
     task_type: str | None = Field(None, description="PEFT's task type; kept for the file")
     base_model_name_or_path: str | None = Field(None, description="where the base came from; informational")
     revision: str | None = Field(None, description="revision of the base; informational")
+    use_dora: bool = Field(False, description="train a magnitude for each output too (DoRA, arXiv:2402.09353)")
 
     @field_validator("rank_pattern")
     @classmethod

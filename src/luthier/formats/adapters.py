@@ -123,7 +123,7 @@ def load_adapter(
     install(model, planned, name, stored_pair)
     with torch.no_grad():
         for item in adapter_parameters(model, name):
-            if item.role in ("bias", "whole"):
+            if item.role in ("bias", "magnitude", "whole"):
                 item.parameter.copy_(tensors[item_key(item)])
     set_trainable(model, name, trainable)
     return LoadReport(name, planned, verdict, folder)

@@ -18,11 +18,12 @@ def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
     recipe = note.get("recipe") or {}
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in folder.tensors.values()})
+    method = "DoRA" if config.use_dora else "LoRA"
     return {
         "folder": str(folder.path),
         "base": config.base_model_name_or_path,
         "fingerprint": (base.get("sample_digest") or "")[:16] or None,
-        "method": f"LoRA, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}",
+        "method": f"{method}, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}",
         "targets": targets,
         "parameters": f"{folder.num_parameters:,}",
         "num_parameters": folder.num_parameters,

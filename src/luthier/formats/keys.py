@@ -15,9 +15,11 @@ PREFIX = "base_model.model."
 
 
 def pair_key(path: str, role: str, word: str) -> str:
-    """Return the key of one tensor of a pair: `role` is lora_A, lora_B or bias, `word` the kind of layer."""
+    """Return the key of one tensor of a pair: `role` is lora_A, lora_B, bias or magnitude, `word` the kind of layer."""
     if role == "bias":
         return f"{PREFIX}{path}.base_layer.bias"
+    if role == "magnitude":
+        return f"{PREFIX}{path}.lora_magnitude_vector"
     return (
         f"{PREFIX}{path}.{role.replace('lora_', 'lora_embedding_')}" if word == "embedding" else f"{PREFIX}{path}.{role}.weight"
     )
@@ -36,7 +38,8 @@ def whole_key(path: str, key: str) -> str:
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
     shapes: dict[str, tuple[int, ...]] = {"lora_A": (layer.r, layer.in_features), "lora_B": (layer.out_features, layer.r)}
-    return shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
+    shapes |= {"bias": (layer.out_features,)} if layer.trains_bias else {}
+    return shapes | ({"magnitude": (layer.out_features,)} if layer.has_magnitude else {})
 
 
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -67,4 +70,4 @@ def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
 
 def _without_name(key: str) -> str:
     key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", key)
-    return re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", key)
+    return re.sub(r"\.(lora_embedding_[AB]|lora_magnitude_vector)\.[^.]+(\.weight)?$", r".\1", key)

@@ -73,6 +73,16 @@ def why_not(module: nn.Module, parent: nn.Module) -> str | None:
     return None
 
 
+def why_no_magnitude(module: nn.Module) -> str | None:
+    """Return why a layer that can carry a pair cannot carry DoRA's, or None."""
+    kind = layer_kind(module)
+    if kind is None or not kind.mixin.carries_magnitude:
+        return "use_dora is for Linear, Embedding and Conv1D layers"
+    if not folding_is_exact(module):
+        return "it has a forward of its own, and use_dora needs the plain product with its weight"
+    return None
+
+
 def folding_is_exact(module: nn.Module) -> bool:
     """Return whether the layer's own forward is linear in its weight, as a merge needs."""
     base = module.base_class if isinstance(module, AdaptedModule) else type(module)

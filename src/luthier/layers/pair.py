@@ -1,23 +1,37 @@
 """LoraPair: the trained numbers of one adapter in one layer."""
 
+from typing import Any, Self
+
+import torch
 from torch import Tensor, nn
 
+from luthier.core.dora import dora_delta, dora_norm, row_squares
 from luthier.core.lora import lora_delta
 
 
 class LoraPair(nn.Module):
     """lora_A (R, I) and lora_B (O, R) in float32, their scaling, and the layer's own bias (O,) where the adapter trains it.
 
-    For an embedding I is the number of rows of the table.
+    For an embedding I is the number of rows of the table. With DoRA there is a `magnitude` (O,) too.
     """
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None):
+    def __init__(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        magnitude: Tensor | None = None,
+    ):
         super().__init__()
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.bias = None if bias is None else nn.Parameter(bias)
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = scaling
+        self._norms = KnownNorm()
 
     @property
     def r(self) -> int:
@@ -28,9 +42,57 @@ class LoraPair(nn.Module):
         """The share of x that is dropped now: 0 outside training."""
         return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
 
+    def norm(self, weight: Tensor) -> Tensor:
+        """Return DoRA's n (O,) over the layer's weight (O, I)."""
+        return self._norms.of(weight, self.lora_A, self.lora_B, self.scaling)
+
     def delta(self) -> Tensor:
-        """Return the dense update (O, I), in float32 or wider."""
+        """Return the dense scaling * B A (O, I), in float32 or wider."""
         return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+
+    def update(self, weight: Tensor) -> Tensor:
+        """Return what the pair adds to the layer's weight (O, I): its delta, or with DoRA (m/n) (W + delta) - W."""
+        if self.magnitude is None:
+            return self.delta()
+        return dora_delta(weight.detach(), self.delta(), self.magnitude.detach(), self.norm(weight))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, scaling={self.scaling:g}"
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._norms = KnownNorm()  # .to(dtype) and back may leave other numbers at the same address
+        return super()._apply(*args, **kwargs)
+
+
+class KnownNorm:
+    """DoRA's n of one pair and the ||W||^2 in it, each formed anew only when what it follows from has changed.
+
+    lora_A and lora_B are compared number by number with what they were, since an edit through `.data` leaves no other trace.
+    The frozen weight is too large for that: it is known by its address, its version and a sample of its numbers.
+    """
+
+    def __init__(self) -> None:
+        self._weight: tuple[Any, ...] = ()
+        self._pair: tuple[Any, ...] = ()
+        self._sample = self._lora_A = self._lora_B = self._squares = self._norm = torch.empty(0)
+
+    def of(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """Return n (O,) for weight (O, I)."""
+        if weight.is_meta or torch.compiler.is_compiling():
+            return dora_norm(weight, lora_A, lora_B, scaling)
+        # What is formed during inference or under autocast is kept for training, so neither may leave a mark on it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            self._look_at(weight)
+            pair = (scaling, lora_A.dtype, lora_A.device, lora_B.dtype)
+            if self._pair != pair or not (torch.equal(lora_A, self._lora_A) and torch.equal(lora_B, self._lora_B)):
+                self._norm = dora_norm(weight, lora_A, lora_B, scaling, self._squares)
+                self._pair, self._lora_A, self._lora_B = pair, lora_A.detach().clone(), lora_B.detach().clone()
+        return self._norm
+
+    def _look_at(self, weight: Tensor) -> None:
+        version = 0 if weight.is_inference() else weight._version
+        found = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape, weight.stride())
+        sample = weight.detach()[:: max(1, weight.shape[0] // 16), :: max(1, weight.shape[1] // 16)]
+        if self._weight != found or not torch.equal(sample, self._sample):
+            self._weight, self._sample, self._squares = found, sample.clone(), row_squares(weight.detach())
+            self._pair = ()
