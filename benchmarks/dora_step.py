@@ -2,7 +2,7 @@
 
 The task and the rules are those of train_step.py, whose workers these are: SmolLM2-135M, r=16 on all linear layers, a process
 of its own for each contender, turns taken, medians. The last line on stdout is one JSON document; its ratios are of processor
-time, which a shared machine disturbs less than the clock. `--rounds 1 --steps 1 --rows 1 --length 32` is the tiny run of the tests.
+time, which a shared machine disturbs less than the clock. `--rounds 1 --steps 1 --rows 1 --length 32` is the tests' tiny run.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """LoraPair: the trained numbers of one adapter in one layer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -80,11 +82,10 @@ class KnownNorm:
         """Return n (O,) for weight (O, I)."""
         if weight.is_meta or torch.compiler.is_compiling():
             return dora_norm(weight, lora_A, lora_B, scaling)
-        # What is formed during inference or under autocast is kept for training, so neither may leave a mark on it.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            self._look_at(weight)
-            pair = (scaling, lora_A.dtype, lora_A.device, lora_B.dtype)
-            if self._pair != pair or not (torch.equal(lora_A, self._lora_A) and torch.equal(lora_B, self._lora_B)):
+        self._look_at(weight)
+        pair = (scaling, lora_A.dtype, lora_A.device, lora_B.dtype)
+        if self._pair != pair or not (torch.equal(lora_A, self._lora_A) and torch.equal(lora_B, self._lora_B)):
+            with _as_in_training(weight.device):
                 self._norm = dora_norm(weight, lora_A, lora_B, scaling, self._squares)
                 self._pair, self._lora_A, self._lora_B = pair, lora_A.detach().clone(), lora_B.detach().clone()
         return self._norm
@@ -94,5 +95,13 @@ class KnownNorm:
         found = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape, weight.stride())
         sample = weight.detach()[:: max(1, weight.shape[0] // 16), :: max(1, weight.shape[1] // 16)]
         if self._weight != found or not torch.equal(sample, self._sample):
-            self._weight, self._sample, self._squares = found, sample.clone(), row_squares(weight.detach())
-            self._pair = ()
+            with _as_in_training(weight.device):
+                self._weight, self._sample, self._squares = found, sample.clone(), row_squares(weight.detach())
+                self._pair = ()
+
+
+@contextmanager
+def _as_in_training(device: torch.device) -> Iterator[None]:
+    """What is formed during inference or under autocast is kept for training, so neither may leave a mark on it."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

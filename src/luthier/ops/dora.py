@@ -43,6 +43,8 @@ class _Rescaled(Function):
         ctx.save_for_backward(z, magnitude, norm, bias)
         scale = dora_scale(magnitude, norm)
         offset = torch.zeros_like(scale) if bias is None else (1 - scale) * bias
+        if z.dtype == scale.dtype:
+            return torch.addcmul(offset, z, scale)
         y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
         for z_NO, y_NO in _blocks(z, y):
             y_NO.copy_(torch.addcmul(offset, z_NO.to(scale.dtype), scale))
