@@ -310,6 +310,23 @@ def test_gradient_checkpointing_changes_no_gradient(make_dora: Callable, dropout
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+@each_kind
+def test_a_compiled_layer_computes_the_same(make_dora: Callable, kind: str) -> None:
+    case = make_dora(kind)
+    expected = dense_gradients(case, torch.ones(2, 5, 7))
+    expected.pop("x", None)
+    got = torch.compile(case.layer, backend="eager", fullgraph=True)(case.x)
+    torch.testing.assert_close(got.double(), want(case), rtol=1e-4, atol=2e-4)
+    got.sum().backward()
+    check_gradients(case, expected, rtol=1e-3)
+
+
+@each_kind
+def test_a_layer_without_data_has_shapes(make_dora: Callable, kind: str) -> None:
+    case = make_dora(kind)
+    assert case.layer.to("meta")(case.x.to("meta")).shape == (2, 5, 7)
+
+
 def test_a_row_of_zeros_stays_finite(make_case: Callable) -> None:
     case = make_case("linear", use_dora=True, fresh=True)
     case.layer.weight.data[2] = 0
