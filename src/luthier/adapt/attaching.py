@@ -11,7 +11,6 @@ from luthier.adapt.fusing import unfuse
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapted_modules, adapter_parameters, adapter_prefixes, check_whole, find_roster, roster_of
 from luthier.core.config import LoraConfig
-from luthier.core.dora import dora_norm
 from luthier.core.errors import AdapterNameError, AdapterStateError
 from luthier.core.lora import init_embedding_pair, init_linear_pair
 from luthier.core.names import check_adapter_name
@@ -74,11 +73,11 @@ def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMak
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
     lora_A, lora_B = make_pair(planned, layer, cast(Tensor, module.weight).device)
     bias = whole_bias(module) if layer.trains_bias else None
-    magnitude = None
+    pair = LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias)
     if layer.has_magnitude:
-        weight = cast(Tensor, module.weight).detach()
-        magnitude = dora_norm(weight if layer.kind.word == "linear" else weight.T, lora_A, lora_B, layer.scaling)
-    return LoraPair(lora_A, lora_B, layer.scaling, planned.config.lora_dropout, bias, magnitude).train(module.training)
+        weight = cast(Tensor, module.weight)
+        pair.begin_magnitude(weight if layer.kind.word == "linear" else weight.T)
+    return pair.train(module.training)
 
 
 def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, device: torch.device) -> tuple[Tensor, Tensor]:

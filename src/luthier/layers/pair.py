@@ -17,20 +17,14 @@ class LoraPair(nn.Module):
     For an embedding I is the number of rows of the table. With DoRA there is a `magnitude` (O,) too.
     """
 
-    def __init__(
-        self,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: float = 0.0,
-        bias: Tensor | None = None,
-        magnitude: Tensor | None = None,
-    ):
+    magnitude: nn.Parameter | None
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None):
         super().__init__()
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        self.register_parameter("magnitude", None)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = scaling
         self._norms = KnownNorm()
@@ -43,6 +37,10 @@ class LoraPair(nn.Module):
     def live_dropout(self) -> float:
         """The share of x that is dropped now: 0 outside training."""
         return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
+
+    def begin_magnitude(self, weight: Tensor) -> None:
+        """Make the pair DoRA's, with the magnitude at which the output over the layer's weight (O, I) is as it was."""
+        self.magnitude = nn.Parameter(self.norm(weight).clone())
 
     def norm(self, weight: Tensor) -> Tensor:
         """Return DoRA's n (O,) over the layer's weight (O, I)."""
