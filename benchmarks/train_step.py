@@ -64,7 +64,7 @@ def run_worker(name: str, arguments: argparse.Namespace, preload: str | None, ex
         environment["LD_PRELOAD"] = preload
     names = ("model", "data", "rows", "length", "dtype", "steps")
     flags = [part for each in names for part in (f"--{each}", str(getattr(arguments, each)))]
-    command = [sys.executable, __file__, "--worker", name, *flags, *extra]
+    command = [sys.executable, sys.argv[0], "--worker", name, *flags, *extra]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -183,7 +183,7 @@ def time_steps(arguments: argparse.Namespace, ids: Any, parameters: list[Any], l
     }
 
 
-def peft_worker(arguments: argparse.Namespace) -> dict[str, Any]:
+def peft_worker(arguments: argparse.Namespace, *, use_dora: bool = False) -> dict[str, Any]:
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -193,7 +193,7 @@ def peft_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = pull(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(arguments))
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
     model = peft.get_peft_model(model, config).train()
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     give_b_values(named)
@@ -212,7 +212,7 @@ def peft_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     return time_steps(arguments, ids, [each for _, each in named], loss_of, names)
 
 
-def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False) -> dict[str, Any]:
+def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False, use_dora: bool = False) -> dict[str, Any]:
     import torch
 
     from luthier.adapt import adapter_parameters, attach
@@ -228,7 +228,8 @@ def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False) -> 
     base = load_model(arguments.model, dtype=str(dtype_of(arguments)).removeprefix("torch."))
     model = base.model
     torch.manual_seed(0)
-    attach(model, LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
+    attach(model, config)
     model.train()
     named = [(f"{item.path}.{item.role}.weight", item.parameter) for item in adapter_parameters(model)]
     give_b_values(named)

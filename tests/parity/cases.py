@@ -144,6 +144,16 @@ CASES = [
     Case("tokens-of-no-library", "plain", {"r": 2, "target_modules": ["first"], "trainable_token_indices": {"table": [5, 121]}}),
     Case("tokens-of-a-head", "llama", {"r": 2, "target_modules": QV, "trainable_token_indices": {"lm_head": [7, 8]}}),
     Case("dropout", "llama", {"r": 2, "target_modules": QV, "lora_dropout": 0.25, "task_type": "CAUSAL_LM"}),
+    Case("dora", "llama-bias", {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": "all-linear"}),
+    Case(
+        "dora-rslora",
+        "llama",
+        {"r": 4, "use_dora": True, "use_rslora": True, "target_modules": QV, "rank_pattern": {"q_proj": 2}},
+    ),
+    Case("dora-conv1d", "gpt2", {"r": 5, "lora_alpha": 9, "use_dora": True, "target_modules": ["c_attn", "c_proj"]}),
+    Case("dora-embedding", "llama", {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    Case("dora-random", "llama", {"r": 6, "use_dora": True, "target_modules": QV, "init_lora_weights": False}),
+    Case("dora-bias", "llama-bias", {"r": 2, "use_dora": True, "target_modules": QV, "bias": "lora_only"}),
 ]
 IDS_OF_CASES = [case.name for case in CASES]
 

@@ -24,7 +24,11 @@ def both(make_model: MakeModel, name: str, config: dict) -> tuple[nn.Module, dic
     torch.manual_seed(11)
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(**config, fan_in_fan_out=name == "gpt2"))
     trained = {item_key(item): item.parameter for item in adapter_parameters(ours)}
-    expected = {key.replace(".default", ""): value for key, value in theirs.named_parameters() if value.requires_grad}
+    expected = {
+        key.replace(".default", "").replace("vector.weight", "vector"): value
+        for key, value in theirs.named_parameters()
+        if value.requires_grad
+    }
     assert trained.keys() == expected.keys()
     return ours.train(), trained, theirs.train(), expected
 
@@ -52,8 +56,32 @@ def test_one_step_gives_the_same_loss_and_gradients(model: str, make_model: Make
     assert {key: error for key in trained if (error := relative(trained[key].grad, expected[key].grad)) > 1e-4} == {}
 
 
-def test_twenty_steps_follow_the_same_curve(make_model: MakeModel) -> None:
-    ours, trained, theirs, expected = both(make_model, "llama", CONFIG)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("model", ["llama-bias", "gpt2"])
+def test_one_step_of_dora_gives_the_same_loss_and_gradients(model: str, dropout: float, make_model: MakeModel) -> None:
+    config = CONFIG | {"init_lora_weights": False, "use_dora": True, "lora_dropout": dropout}
+    config["target_modules"] = ["c_attn", "c_proj"] if model == "gpt2" else [*CONFIG["target_modules"], "embed_tokens"]
+    ours, trained, theirs, expected = both(make_model, model, config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for key in trained:
+            trained[key].mul_(1 + 0.3 * torch.rand(trained[key].shape, generator=generator))
+            expected[key].copy_(trained[key])
+    ids = batches(1)[0]
+    losses = []
+    for each in (ours, theirs):
+        torch.manual_seed(4)
+        losses.append(each(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+    assert relative(losses[0].detach(), losses[1].detach()) <= 1e-5
+    assert sum("magnitude" in key for key in trained) >= 4
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
+    assert {key: error for key in trained if (error := relative(trained[key].grad, expected[key].grad)) > 1e-4} == {}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_twenty_steps_follow_the_same_curve(make_model: MakeModel, use_dora: bool) -> None:
+    ours, trained, theirs, expected = both(make_model, "llama", CONFIG | {"use_dora": use_dora})
     curves = []
     for model, parameters in ((ours, trained), (theirs, expected)):
         losses = [lambda ids=ids, model=model: model(input_ids=ids, labels=ids).loss for ids in batches(4) * 5]

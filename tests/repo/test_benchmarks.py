@@ -61,6 +61,15 @@ def test_train_step_runs_tiny(root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_dora_step_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--rounds", "1", "--steps", "1", "--rows", "2", "--length", "32", "--dtype", "float32")
+    result = result_of(root, folder, "dora_step.py", *size)
+    assert set(result["cpu_seconds_per_step"]) == {"luthier_lora", "luthier_dora", "peft_lora", "peft_dora"}
+    assert result["loss"]["peft_dora"] == pytest.approx(result["loss"]["luthier_dora"], rel=1e-5)
+    assert {"dora_vs_lora", "peft_dora_vs_dora", "memory"} <= set(result)
+
+
+@pytest.mark.slow
 def test_train_epoch_runs_tiny(root: Path, folder: Path) -> None:
     size = ("--rows", "9", "--held-out", "4", "--seeds", "1", "--dtype", "float32")
     result = result_of(root, folder, "train_epoch.py", *size, "--only", "trl_no_checkpointing", "trl_packing", "luthier")

@@ -155,6 +155,9 @@ def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair
         start = (lora_A.clone(), lora_B.clone()) if keeps_start(planned.config.init_lora_weights) else None
         lora_bias = others[0] if others else None
         pair = LoraPair(lora_A, lora_B, layer.scaling, dropout, bias, start=start, lora_bias=lora_bias)
+    if layer.has_magnitude:
+        weight = cast(Tensor, module.weight)
+        pair.begin_magnitude(weight if layer.kind.word == "linear" else weight.T)
     return pair.train(module.training)
 
 

@@ -16,7 +16,7 @@ from luthier.core.lora import lora_scaling
 from luthier.core.methods import needs_linear, why_no_start
 from luthier.core.names import block_index, is_inside_saved, is_saved_whole, is_target, matches_any, matches_name, pattern_value
 from luthier.layers.base import own_parameters
-from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_not
+from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_no_magnitude, why_not
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class PlannedLayer:
     groups: int = 1
     lora_bias: bool = False
     is_adalora: bool = False
+    has_magnitude: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,7 +54,7 @@ class PlannedLayer:
 
     @property
     def num_pair_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(math.prod(shape) for shape in self.shapes.values()) + self.has_magnitude * self.out_features
 
     @property
     def num_parameters(self) -> int:
@@ -130,7 +131,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
         if kind is None:
             only = "only Linear, Embedding, Conv1D, Conv1d/2d/3d and MultiheadAttention layers can be adapted"
             faults.append(f"{path} is a {_class_name(module)}; {only}")
-        elif reason := why_not(module, modules[path.rpartition(".")[0]]):
+        elif reason := why_not(module, modules[path.rpartition(".")[0]]) or (config.use_dora and why_no_magnitude(module)):
             faults.append(f"{path}: {reason}")
         elif whole := _holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
@@ -222,7 +223,18 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     scaling = lora_scaling(r, lora_alpha, config.use_rslora)
     kernel, groups = kind.kernel(module), kind.groups(module)
     return PlannedLayer(
-        path, kind, in_features, out_features, r, lora_alpha, scaling, trains_bias, kernel, groups, config.lora_bias
+        path,
+        kind,
+        in_features,
+        out_features,
+        r,
+        lora_alpha,
+        scaling,
+        trains_bias,
+        kernel,
+        groups,
+        config.lora_bias,
+        has_magnitude=config.use_dora,
     )
 
 

@@ -63,8 +63,8 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AdapterParameter:
-    """One trained tensor: `role` is its name in the pair at `path` (lora_A, lora_B, lora_E, lora_bias, bias), `rows` of a table,
-    or `whole` with the key of the replaced one.
+    """One trained tensor: `role` is its name in the pair at `path` (lora_A, lora_B, lora_E, lora_bias, bias, magnitude), `rows`
+    of a table, or `whole` with the key of the replaced one.
     """
 
     path: str

@@ -47,10 +47,10 @@ class LoraConfig(Settings):
     base_model_name_or_path: str | None = Field(None, description="where the base came from; informational")
     revision: str | None = Field(None, description="revision of the base; informational")
     lora_bias: bool = Field(False, description="give lora_B a bias of its own, scaled like the update")
-
     trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
         None, description="tokens whose rows of the input embeddings are trained, or module name -> such tokens"
     )
+    use_dora: bool = Field(False, description="train a magnitude for each output too (DoRA, arXiv:2402.09353)")
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -96,6 +96,8 @@ class LoraConfig(Settings):
             raise ValueError(
                 f"lora_bias starts at zero or random; init_lora_weights must be True or False, not {self.init_lora_weights!r}"
             )
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias has no place in use_dora, which rescales the weight alone; leave one of them out")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         return self
@@ -106,12 +108,13 @@ class AdaLoraConfig(LoraConfig):
 
     Every layer begins with `init_r` triplets; after training `target_r` of them are left on average, none in some layers.
     The update of a layer is `scaling * lora_B @ diag(lora_E) @ lora_A` with `scaling = lora_alpha / (init_r + 1e-5)`.
-    `r`, `use_rslora` and `alpha_pattern` have no effect here and are refused. Zhang et al. 2023, arXiv:2303.10512.
+    `r`, `use_rslora`, `use_dora` and `alpha_pattern` have no effect here and are refused. Zhang et al. 2023, arXiv:2303.10512.
     """
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "r": "set init_r (of every layer at the start) and target_r (of a layer on average at the end)",
         "use_rslora": "the scaling is lora_alpha / init_r",
+        "use_dora": "its triplets have sizes, and no magnitude beside them",
         "alpha_pattern": "lora_alpha is the same for all layers",
     }
 

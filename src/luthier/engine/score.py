@@ -22,7 +22,7 @@ from luthier.core.errors import AdapterStateError, ConfigError, DataError, Train
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.engine.batches import batches_by_length
 from luthier.engine.modes import evaluating
-from luthier.layers.fused import projection_of
+from luthier.layers.fused import needs_finishing, projection_of
 from luthier.ops.cross_entropy import labelled_cross_entropy
 from luthier.ops.documents import Documents
 from luthier.ops.products import fast_products
@@ -101,7 +101,7 @@ def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor"
     hidden_KI, targets_K = hidden_NI.index_select(0, positions_K), targets_N[positions_K]
     head = model.get_output_embeddings()  # type: ignore[operator]
     projection = projection_of(head, hidden_KI)
-    if projection is not None and not projection.dropout:
+    if projection is not None and not projection.dropout and not needs_finishing(head):
         return labelled_cross_entropy(hidden_KI, targets_K, projection, products=fast_products(hidden_KI)), len(targets_K)
     logits_KV = head(hidden_KI)
     logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))

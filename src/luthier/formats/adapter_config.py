@@ -33,7 +33,6 @@ _UNUSED: dict[str, Any] = {
     "monteclora_config": None,
     "target_parameters": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }

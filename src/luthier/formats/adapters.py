@@ -177,7 +177,7 @@ def _load(
     put(model, planned, name, stored_pair)
     with torch.no_grad():
         for item in adapter_parameters(model, name):
-            if item.role in ("bias", "whole", "rows"):
+            if item.role in ("bias", "magnitude", "whole", "rows"):
                 item.parameter.copy_(tensors[item_key(item)])
     set_trainable(model, name, trainable)
     return LoadReport(name, planned, verdict, folder)

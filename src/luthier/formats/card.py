@@ -17,10 +17,11 @@ def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
     lines += ["tags:", f"- 'base_model:adapter:{quoted}'", "- lora", "- transformers", "---", ""]
     lines += [f"# LoRA adapter for {base or 'a base model'}", ""]
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
+    variants = (", rsLoRA" if config.use_rslora else "") + (", DoRA" if config.use_dora else "")
     rank = f"rank {config.r}"
     if isinstance(config, AdaLoraConfig):
         rank = f"AdaLoRA, rank {config.target_r} of {config.init_r} on average"
-    lines += [f"- {rank}, alpha {config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}", f"- on {targets}", ""]
+    lines += [f"- {rank}, alpha {config.lora_alpha:g}{variants}", f"- on {targets}", ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in sorted(metrics.items())]

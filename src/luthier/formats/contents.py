@@ -42,7 +42,8 @@ def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
 def _method(config: LoraConfig) -> str:
     if isinstance(config, AdaLoraConfig):
         return f"AdaLoRA, r={config.init_r} to {config.target_r} on average, alpha={config.lora_alpha:g}"
-    return f"LoRA, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}"
+    method = "DoRA" if config.use_dora else "LoRA"
+    return f"{method}, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}"
 
 
 def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:

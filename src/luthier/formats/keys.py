@@ -15,11 +15,13 @@ PREFIX = "base_model.model."
 
 
 def pair_key(path: str, role: str, word: str, is_adalora: bool = False) -> str:
-    """Return the key of one tensor of a pair: `role` is one of `PlannedLayer.shapes` or bias, `word` the kind of layer."""
+    """Return the key of one tensor of a pair: `role` is one of `PlannedLayer.shapes`, bias, magnitude; `word` its kind."""
     if role.startswith("out."):
         return pair_key(f"{path}.base_layer.out_proj", role.removeprefix("out."), word)
     if role == "bias":
         return f"{PREFIX}{path}.base_layer.bias"
+    if role == "magnitude":
+        return f"{PREFIX}{path}.lora_magnitude_vector"
     if role == "lora_bias":
         return f"{PREFIX}{path}.lora_B.bias"
     if is_adalora:
@@ -50,7 +52,8 @@ def rows_key(path: str) -> str:
 
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
-    return layer.shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
+    shapes = layer.shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
+    return shapes | ({"magnitude": (layer.out_features,)} if layer.has_magnitude else {})
 
 
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -81,4 +84,5 @@ def canonical_keys(keys: Iterable[str]) -> dict[str, str]:
 
 def _without_name(key: str) -> str:
     key = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", key)
+    key = re.sub(r"\.(lora_magnitude_vector)\.[^.]+(\.weight)?$", r".\1", key)
     return re.sub(r"\.(lora_embedding_[AB]|lora_[ABE])\.(?!weight$|bias$)[^.]+$", r".\1", key)

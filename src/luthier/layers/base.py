@@ -34,6 +34,8 @@ FORWARD_HOOKS = (
 class AdaptedModule(nn.Module):
     """A module with replacements. Subclasses for the kinds of layers add the low-rank part in `with_pair`."""
 
+    carries_magnitude = False
+    """Whether pairs of this kind of layer may be DoRA's."""
     base_class: type[nn.Module]
     roster: Roster
     lora: nn.ModuleDict

@@ -1,7 +1,9 @@
 """LoraEmbedding: an embedding table that carries adapters."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.core.dora import dora_update
 from luthier.core.lora import lora_embedding
 from luthier.layers.base import AdaptedModule
 from luthier.layers.pair import LoraPair
@@ -13,13 +15,18 @@ class LoraEmbedding(AdaptedModule):
     Both are multiplied by `embed_scale` where the table has one. Dropout does not apply: the input is ids.
     """
 
+    carries_magnitude = True
     weight: Tensor
     padding_idx: int | None
 
     def with_pair(self, output: Tensor, x: Tensor, pair: LoraPair, weight: float) -> Tensor:
-        low_rank = lora_embedding(x, pair.lora_A, pair.lora_B, weight * pair.scaling, output.dtype, self.padding_idx)
+        scaling = weight * pair.scaling if pair.magnitude is None else pair.scaling
+        update = lora_embedding(x, pair.lora_A, pair.lora_B, scaling, output.dtype, self.padding_idx)
+        if pair.magnitude is not None:
+            rows = F.embedding(x, self.weight, self.padding_idx)
+            update = (weight * dora_update(rows, update, pair.magnitude, pair.norm(self.weight.T))).to(output.dtype)
         embed_scale = getattr(self, "embed_scale", None)
-        return output + (low_rank if embed_scale is None else low_rank * embed_scale)
+        return output + (update if embed_scale is None else update * embed_scale)
 
     def folded_deltas(self, pair: LoraPair, weight: float) -> dict[str, Tensor]:
-        return {"weight": (weight * pair.delta()).T}
+        return {"weight": (weight * pair.update(self.weight.T)).T}

@@ -46,13 +46,14 @@ class FusedGatedMLP(FusedModule):
     """down_proj(silu(gate_proj(x)) * up_proj(x)), saving x, gate and up once each."""
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [projection_of(self.get_submodule(name), x) for name in ("gate_proj", "up_proj", "down_proj")]
+        layers = [self.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        parts = [projection_of(layer, x) for layer in layers]
         if any(part is None for part in parts):
             return cast(Tensor, super().forward(x))
         gate, up, down = cast(list[Projection], parts)
         products = fast_products(x)
-        gates_x, up_x = adapted_projections(x, [gate, up], products=products)
-        return gated_projection(gates_x, up_x, down, products=products)
+        gates_x, up_x = map(finished, layers[:2], adapted_projections(x, [gate, up], products=products))
+        return finished(layers[2], gated_projection(gates_x, up_x, down, products=products))
 
 
 class FusedAttention(FusedModule):
@@ -89,11 +90,15 @@ class FusedAttention(FusedModule):
         parts = [projection_of(layer, x) for layer in layers]
         if any(part is None for part in parts):
             return [layer(x) for layer in layers]
-        return adapted_projections(x, cast(list[Projection], parts), products=fast_products(x))
+        outputs = adapted_projections(x, cast(list[Projection], parts), products=fast_products(x))
+        return list(map(finished, layers, outputs))
 
 
 def projection_of(layer: nn.Module, x: Tensor) -> Projection | None:
-    """Return a linear layer as the fast path takes it, for an input like `x`; None where it must be called as it is."""
+    """Return a linear layer as the fast path takes it, for an input like `x`; None where it must be called as it is.
+
+    What the fast path gives is the layer's output only after `finished`.
+    """
     if isinstance(layer, LoraLinear):
         return layer.projection(x)
     if type(layer) is not nn.Linear or layer.weight.dtype != x.dtype or is_autocast(x):
@@ -101,6 +106,16 @@ def projection_of(layer: nn.Module, x: Tensor) -> Projection | None:
     if any(parameter.requires_grad for parameter in layer.parameters()):
         return None
     return Projection(layer.weight, layer.bias)
+
+
+def needs_finishing(layer: nn.Module) -> bool:
+    """Return whether what a projection gives is not the layer's output yet."""
+    return isinstance(layer, LoraLinear) and layer.has_live_magnitude
+
+
+def finished(layer: nn.Module, output: Tensor) -> Tensor:
+    """Return the layer's output, given what its projection gave."""
+    return layer.finished(output) if isinstance(layer, LoraLinear) else output
 
 
 _CLASSES: dict[tuple[type, type], type[FusedModule]] = {}

@@ -98,6 +98,16 @@ def why_not(module: nn.Module, parent: nn.Module) -> str | None:
     return None
 
 
+def why_no_magnitude(module: nn.Module) -> str | None:
+    """Return why a layer that can carry a pair cannot carry DoRA's, or None."""
+    kind = layer_kind(module)
+    if kind is None or not kind.mixin.carries_magnitude:
+        return "use_dora is for Linear, Embedding and Conv1D layers"
+    if why_not_folded(module):
+        return "it has a forward of its own, and use_dora needs the plain product with its weight"
+    return None
+
+
 def why_not_folded(module: nn.Module) -> str | None:
     """Return why a merge may change the output: the layer's own forward may not be linear in its weight, or the weight may
     have no place for the update. None if it is exact.

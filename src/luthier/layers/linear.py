@@ -7,11 +7,14 @@ node of `luthier.ops`; otherwise the base's own forward runs untouched and the l
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.core.dora import dora_update
 from luthier.core.lora import lora_linear
 from luthier.layers.base import AdaptedModule
 from luthier.layers.pair import LoraPair
+from luthier.ops.dora import rescaled
 from luthier.ops.projection import Projection, adapted_projections
 
 
@@ -23,6 +26,7 @@ def is_autocast(x: Tensor) -> bool:
 class LoraLinear(AdaptedModule):
     """`nn.Linear`, weight (O, I)."""
 
+    carries_magnitude = True
     weight: Tensor
     bias: Tensor | None
 
@@ -32,7 +36,7 @@ class LoraLinear(AdaptedModule):
         if len(given) == 1 and self.has_live_pair and not torch.compiler.is_compiling():
             projection = self.projection(given[0])
             if projection is not None:
-                return adapted_projections(given[0], [projection])[0]
+                return self.finished(adapted_projections(given[0], [projection])[0])
         return super().forward(*args, **kwargs)
 
     @property
@@ -42,8 +46,9 @@ class LoraLinear(AdaptedModule):
     def projection(self, x: Tensor) -> Projection | None:
         """Return this layer as `luthier.ops` takes it, for an input like `x`; None where only the plain path is right.
 
-        That is: several live pairs, or none of the usual kind (a replacement, a trained bias), a weight that is trained itself,
-        autocast, a dtype that is not the weight's, and a base whose forward is not the plain product.
+        That is: several live pairs, or none of the usual kind (a replacement, a trained bias, DoRA with dropout or at another
+        than its trained strength), a weight that is trained itself, autocast, a dtype that is not the weight's, and a base whose
+        forward is not the plain product. What the projection gives goes through `finished`.
         """
         live = self.roster.live
         names = [name for name in live if name in self.lora]
@@ -59,18 +64,38 @@ class LoraLinear(AdaptedModule):
         pair = cast(LoraPair, self.lora[names[0]])
         if pair.bias is not None or pair.lora_bias is not None:
             return None
+        if pair.magnitude is not None and (pair.live_dropout or live[names[0]] != 1.0):
+            return None
         scaling = live[names[0]] * pair.scaling
         return Projection(weight_OI, self.bias, *pair.factors(), scaling, pair.live_dropout)
 
+    @property
+    def has_live_magnitude(self) -> bool:
+        return any(name in self.lora and self.lora[name].magnitude is not None for name in self.roster.live)
+
+    def finished(self, output: Tensor) -> Tensor:
+        """Return the layer's output (..., O), given what its `projection` gave: DoRA's magnitude is still to be applied."""
+        for name in self.roster.live:
+            if name in self.lora:
+                pair = cast(LoraPair, self.lora[name])
+                if pair.magnitude is not None:
+                    output = rescaled(output, pair.magnitude, pair.norm(self._weight_OI()), self.bias)
+        return output
+
     def with_pair(self, output: Tensor, x: Tensor, pair: LoraPair, weight: float) -> Tensor:
-        low_rank = lora_linear(pair.dropout(x), *pair.factors(), weight * pair.scaling)
-        output = output + low_rank.to(output.dtype)
+        dropped = pair.dropout(x)
+        if pair.magnitude is None:
+            update = lora_linear(dropped, *pair.factors(), weight * pair.scaling)
+        else:
+            weight_OI, low_rank = self._weight_OI(), lora_linear(dropped, *pair.factors(), pair.scaling)
+            update = weight * dora_update(F.linear(dropped, weight_OI), low_rank, pair.magnitude, pair.norm(weight_OI))
+        output = output + update.to(output.dtype)
         if (change := pair.bias_change(self.bias)) is not None:
             output = output + (weight * change).to(output.dtype)
         return output
 
     def folded_deltas(self, pair: LoraPair, weight: float) -> dict[str, Tensor]:
-        deltas = {"weight": weight * pair.delta()}
+        deltas = {"weight": weight * pair.update(self._weight_OI())}
         if (change := pair.bias_change(self.bias)) is not None:
             deltas["bias"] = weight * change.detach()
         return deltas

@@ -1,8 +1,13 @@
 """LoraPair: the trained numbers of one adapter in one layer. AdaLoraPair: those of a method whose ranks move."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
+from luthier.core.dora import dora_delta, dora_norm, row_squares
 from luthier.core.lora import lora_delta
 
 
@@ -13,9 +18,10 @@ class LoraPair(nn.Module):
     projection, where the layer is attention. `start` is the (A0, B0) that a pair begins with and whose product is subtracted
     (`luthier.core.inits`); they are not trained.
 
-    For an embedding I is the number of rows of the table.
+    For an embedding I is the number of rows of the table. With DoRA there is a `magnitude` (O,) too.
     """
 
+    magnitude: nn.Parameter | None
     start_A: Tensor | None
     start_B: Tensor | None
 
@@ -35,11 +41,13 @@ class LoraPair(nn.Module):
         self.lora_B = nn.Parameter(lora_B)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.lora_bias = None if lora_bias is None else nn.Parameter(lora_bias)
+        self.register_parameter("magnitude", None)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.out = out
         self.scaling = scaling
         self.register_buffer("start_A", start and start[0])
         self.register_buffer("start_B", start and start[1])
+        self._norms = KnownNorm()
 
     @property
     def r(self) -> int:
@@ -80,8 +88,26 @@ class LoraPair(nn.Module):
         shift = self.scaling * self.lora_bias
         return shift if change is None else change + shift
 
+    def begin_magnitude(self, weight: Tensor) -> None:
+        """Make the pair DoRA's, with the magnitude at which the output over the layer's weight (O, I) is as it was."""
+        self.magnitude = nn.Parameter(self.norm(weight).clone())
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """Return DoRA's n (O,) over the layer's weight (O, I)."""
+        return self._norms.of(weight, *self.factors(), self.scaling)
+
+    def update(self, weight: Tensor) -> Tensor:
+        """Return what the pair adds to the layer's weight (O, I): its delta, or with DoRA (m/n) (W + delta) - W."""
+        if self.magnitude is None:
+            return self.delta()
+        return dora_delta(weight.detach(), self.delta(), self.magnitude.detach(), self.norm(weight))
+
     def extra_repr(self) -> str:
         return f"r={self.r}, in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, scaling={self.scaling:g}"
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._norms = KnownNorm()  # .to(dtype) and back may leave other numbers at the same address
+        return super()._apply(*args, **kwargs)
 
 
 class AdaLoraPair(LoraPair):
@@ -109,3 +135,44 @@ class AdaLoraPair(LoraPair):
         """Keep the triplets where `mask` (R,) is true; the parameters become other, smaller ones."""
         for name, parameter in (("lora_A", self.lora_A[mask]), ("lora_B", self.lora_B[:, mask]), ("lora_E", self.lora_E[mask])):
             setattr(self, name, nn.Parameter(parameter.detach().clone(), requires_grad=getattr(self, name).requires_grad))
+
+
+class KnownNorm:
+    """DoRA's n of one pair and the ||W||^2 in it, each formed anew only when what it follows from has changed.
+
+    lora_A and lora_B are compared number by number with what they were, since an edit through `.data` leaves no other trace.
+    The frozen weight is too large for that: it is known by its address, its version and a sample of its numbers.
+    """
+
+    def __init__(self) -> None:
+        self._weight: tuple[Any, ...] = ()
+        self._pair: tuple[Any, ...] = ()
+        self._sample = self._lora_A = self._lora_B = self._squares = self._norm = torch.empty(0)
+
+    def of(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """Return n (O,) for weight (O, I)."""
+        if weight.is_meta or torch.compiler.is_compiling():
+            return dora_norm(weight, lora_A, lora_B, scaling)
+        self._look_at(weight)
+        pair = (scaling, lora_A.dtype, lora_A.device, lora_B.dtype)
+        if self._pair != pair or not (torch.equal(lora_A, self._lora_A) and torch.equal(lora_B, self._lora_B)):
+            with _as_in_training(weight.device):
+                self._norm = dora_norm(weight, lora_A, lora_B, scaling, self._squares)
+                self._pair, self._lora_A, self._lora_B = pair, lora_A.detach().clone(), lora_B.detach().clone()
+        return self._norm
+
+    def _look_at(self, weight: Tensor) -> None:
+        version = 0 if weight.is_inference() else weight._version
+        found = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape, weight.stride())
+        sample = weight.detach()[:: max(1, weight.shape[0] // 16), :: max(1, weight.shape[1] // 16)]
+        if self._weight != found or not torch.equal(sample, self._sample):
+            with _as_in_training(weight.device):
+                self._weight, self._sample, self._squares = found, sample.clone(), row_squares(weight.detach())
+                self._pair = ()
+
+
+@contextmanager
+def _as_in_training(device: torch.device) -> Iterator[None]:
+    """What is formed during inference or under autocast is kept for training, so neither may leave a mark on it."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

@@ -15,6 +15,7 @@ __getattr__, __all__ = lazy_names(
         "document_attention": "luthier.ops.attention",
         "gated_projection": "luthier.ops.gated",
         "labelled_cross_entropy": "luthier.ops.cross_entropy",
+        "rescaled": "luthier.ops.dora",
         "rms_norm": "luthier.ops.elementwise",
         "rotate": "luthier.ops.elementwise",
         "use_compiler": "luthier.ops.compiler",

@@ -53,6 +53,89 @@ def test_merged_conv1d_weight_is_turned(tiny_gpt2: Callable, fill: Callable) -> 
     assert torch.equal(model.get_submodule(path).weight, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [{"one": 1.0}, {"one": 0.25}, {"one": 1.0, "two": -0.5}, {"two": 1.0, "three": 1.0}])
+@pytest.mark.parametrize("make", ["tiny_llama", "tiny_gpt2"])
+def test_dora_is_merged_over_the_unmerged_base_and_comes_back_bit_exact(
+    request: pytest.FixtureRequest, fill: Callable, snapshot: Callable, ids: Tensor, dtype: torch.dtype, weights: dict, make: str
+) -> None:
+    """W + the sum of w_i ((m_i/n_i) (W + delta_i) - W), each norm over the base alone; "three" is a plain LoRA."""
+    model = request.getfixturevalue(make)(dtype=dtype)
+    targets = ["q_proj", "down_proj", "embed_tokens"] if make == "tiny_llama" else ["c_attn", "c_fc", "wte"]
+    base = copy.deepcopy(model)
+    for name, use_dora in (("one", True), ("two", True), ("three", False)):
+        attach(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=use_dora), name)
+        fill(model, name)
+    activate(model, weights)
+    adapted, before = model(ids).logits, snapshot(model)
+    merge(model)
+    seen = 0
+    for path, module in model.named_modules():
+        if "one" not in getattr(module, "lora", {}):
+            continue
+        turned = type(base.get_submodule(path)).__name__ != "Linear"
+        own = base.get_submodule(path).weight.detach().double()
+        own = want = own.T if turned else own
+        for name, weight in weights.items():
+            pair = copy.deepcopy(module.lora[name]).double()
+            inner = own + 1.5 * pair.lora_B @ pair.lora_A
+            if name != "three":
+                inner = pair.magnitude[:, None] * inner / inner.norm(dim=1, keepdim=True)
+            want = want + weight * (inner - own)
+        found = (module.weight.T if turned else module.weight).double()
+        assert (found - want).abs().max() <= max(1e-6, torch.finfo(dtype).eps) * want.abs().max(), path
+        seen += 1
+    assert seen > 4
+    if dtype == torch.float32:
+        torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-3, atol=2e-3)
+    unmerge(model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(model(ids).logits, adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_dora_merges_into_the_same_bits(
+    tiny_llama: Callable, snapshot: Callable, ids: Tensor, dtype: torch.dtype
+) -> None:
+    model = tiny_llama(dtype=dtype)
+    before, own = snapshot(model), model(ids).logits
+    attach(model, LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
+    assert torch.equal(model(ids).logits, own)
+    merge(model)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+def test_disabled_dora_is_the_base(tiny_llama: Callable, fill: Callable, ids: Tensor) -> None:
+    model = tiny_llama()
+    own = model(ids).logits
+    attach(model, LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
+    fill(model)
+    adapted = model(ids).logits
+    assert not torch.allclose(adapted, own, atol=1e-3)
+    with disabled(model):
+        assert torch.equal(model(ids).logits, own)
+    assert torch.equal(model(ids).logits, adapted)
+    detach(model)
+    assert torch.equal(model(ids).logits, own)
+
+
+def test_dora_over_a_layer_that_another_adapter_replaces(tiny_llama: Callable, fill: Callable, ids: Tensor) -> None:
+    model = tiny_llama()
+    own = model.lm_head.weight.detach().double()
+    attach(model, LoraConfig(r=4, lora_alpha=6, target_modules=["lm_head"], use_dora=True), "dora")
+    attach(model, LoraConfig(target_modules=[], modules_to_save=["lm_head"]), "whole")
+    fill(model, "dora"), fill(model, "whole")
+    activate(model, ["dora", "whole"])
+    pair = model.lm_head.lora["dora"]
+    inner = own + 1.5 * pair.lora_B.double() @ pair.lora_A.double()
+    update = pair.magnitude.double()[:, None] * inner / inner.norm(dim=1, keepdim=True) - own
+    want = model.lm_head.replacements["whole"].weight.double() + update
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(model.lm_head(x).double(), x.double() @ want.T, rtol=1e-4, atol=1e-3)
+    merge(model)
+    torch.testing.assert_close(model.lm_head.weight.double(), want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], TARGETS])
 def test_merged_and_unmerged_compute_the_same_and_never_twice(

@@ -40,6 +40,7 @@ SETTINGS = [
     {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
     {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
     {"target_modules": "all-linear", "modules_to_save": ["q_proj"]},
+    {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_dora": True, "r": 3},
     {"target_modules": [], "modules_to_save": ["lm_head"]},
 ]
 
@@ -150,6 +151,18 @@ def test_what_cannot_be_adapted_is_refused_before_anything_is_touched(target: st
         attach(model, LoraConfig(target_modules=["good", target]))
     assert [type(m) for m in model.modules()] == classes
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_dora_is_refused_where_a_layer_has_a_forward_of_its_own() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"own": Doubled(3, 5), "plain": nn.Linear(3, 5)})
+    attach(model, LoraConfig(target_modules=["own", "plain"]))
+    detach(model)
+    with pytest.raises(TargetError, match=r"own: it has a forward of its own, and use_dora"):
+        attach(model, LoraConfig(target_modules=["own", "plain"], use_dora=True))
 
 
 def test_all_faults_come_in_one_message() -> None:

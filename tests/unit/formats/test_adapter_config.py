@@ -122,7 +122,6 @@ def test_keys_that_say_nothing_are_passed_over(key: str, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("use_qalora", True),
         ("ensure_weight_tying", True),
         ("target_parameters", ["experts.gate_up_proj"]),
@@ -147,8 +146,8 @@ def test_a_method_that_cannot_be_applied_is_refused(key: str, value: object) -> 
 
 
 def test_all_methods_that_cannot_be_applied_are_named_at_once() -> None:
-    with pytest.raises(AdapterFormatError, match=r"use_dora=True.*init_lora_weights='pissa'"):
-        parsed(use_dora=True, init_lora_weights="pissa")
+    with pytest.raises(AdapterFormatError, match=r"use_qalora=True.*init_lora_weights='pissa'"):
+        parsed(use_qalora=True, init_lora_weights="pissa")
 
 
 @pytest.mark.parametrize("value", [None, False, {}, []], ids=str)

@@ -50,6 +50,14 @@ def test_counts_and_words(saved: Path) -> None:
     json.dumps(described)
 
 
+def test_dora_counts_its_magnitudes(adapted: Make, tmp_path: Path) -> None:
+    model = adapted(r=3, lora_alpha=5, target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    described = describe_adapter(read_adapter(save_adapter(model, tmp_path / "a")))
+    assert described["method"] == "DoRA, r=3, alpha=5"
+    assert described["num_parameters"] == 2 * (3 * (48 + 48) + 48) + 3 * (211 + 48) + 48
+    assert "DoRA" in (tmp_path / "a/README.md").read_text()
+
+
 def test_an_adapter_of_another_program(saved: Path) -> None:
     (saved / "luthier.json").unlink()
     described = describe_adapter(read_adapter(saved))

@@ -17,6 +17,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ("model.layers.0.self_attn.q_proj.lora_A.weight", f"{Q}.lora_A.weight"),
         ("base_model.model.wte.lora_embedding_A", "base_model.model.wte.lora_embedding_A"),
         ("base_model.model.wte.lora_embedding_B.default", "base_model.model.wte.lora_embedding_B"),
+        (f"{Q}.lora_magnitude_vector", f"{Q}.lora_magnitude_vector"),
+        (f"{Q}.lora_magnitude_vector.weight", f"{Q}.lora_magnitude_vector"),
+        (f"{Q}.lora_magnitude_vector.sql-v3", f"{Q}.lora_magnitude_vector"),
+        (f"{Q}.lora_magnitude_vector.sql-v3.weight", f"{Q}.lora_magnitude_vector"),
         ("base_model.model.score.weight", "base_model.model.score.weight"),
         (f"{Q}.base_layer.bias", f"{Q}.base_layer.bias"),
     ],
@@ -39,4 +43,6 @@ def test_keys_by_kind_of_layer() -> None:
     assert pair_key("a.b", "lora_B", "conv1d") == "base_model.model.a.b.lora_B.weight"
     assert pair_key("a.b", "lora_B", "embedding") == "base_model.model.a.b.lora_embedding_B"
     assert pair_key("a.b", "bias", "linear") == "base_model.model.a.b.base_layer.bias"
+    for word in ("linear", "conv1d", "embedding"):
+        assert pair_key("a.b", "magnitude", word) == "base_model.model.a.b.lora_magnitude_vector"
     assert whole_key("norm", "weight") == "base_model.model.norm.weight"

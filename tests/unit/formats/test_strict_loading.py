@@ -199,7 +199,7 @@ def test_a_dtype_that_is_no_plain_float(dtype: torch.dtype, saved: Path, tiny_ll
     ("values", "word"),
     [
         ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_qalora": True}, "use_qalora"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"r": 0}, "r:"),
     ],
@@ -213,6 +213,14 @@ def test_another_method(values: dict, word: str, saved: Path, tiny_llama: Make) 
 def test_another_rank_in_the_config_than_in_the_file(saved: Path, tiny_llama: Make) -> None:
     edit_config(saved, r=4)
     assert "is (3, 48), needs (4, 48)" in refused(tiny_llama(), saved, AdapterMismatchError)
+
+
+def test_dora_in_the_config_or_in_the_file_only(adapted: Make, tmp_path: Path, saved: Path, tiny_llama: Make) -> None:
+    edit_config(saved, use_dora=True)
+    assert "q_proj.lora_magnitude_vector is missing" in refused(tiny_llama(), saved, AdapterMismatchError)
+    dora = save_adapter(adapted(r=3, target_modules=["q_proj", "down_proj"], use_dora=True), tmp_path / "dora")
+    edit_config(dora, use_dora=False)
+    assert "q_proj.lora_magnitude_vector is not expected" in refused(tiny_llama(), dora, AdapterMismatchError)
 
 
 def test_config_or_tensors_are_not_there(saved: Path, tmp_path: Path, tiny_llama: Make) -> None:

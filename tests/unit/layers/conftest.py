@@ -51,7 +51,7 @@ def _one_thread(_same_start: None) -> None:
 
 @pytest.fixture
 def make_case() -> Callable[..., Case]:
-    """Return a factory of adapted layers with random numbers in both factors."""
+    """Return a factory of adapted layers with random numbers in both factors, unless `fresh`."""
     from transformers.pytorch_utils import Conv1D
 
     def make(
@@ -64,6 +64,8 @@ def make_case() -> Callable[..., Case]:
         use_rslora: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        use_dora: bool = False,
+        fresh: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Case:
         in_features, out_features = sizes
@@ -80,9 +82,9 @@ def make_case() -> Callable[..., Case]:
         weight = layer.weight.detach().double()
         own_bias = getattr(layer, "bias", None)
         holder = nn.ModuleDict({"layer": layer})
-        settings = {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora, "lora_dropout": dropout}
+        settings = {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora, "lora_dropout": dropout, "use_dora": use_dora}
         attach(holder, LoraConfig(target_modules=["layer"], **settings), "a")
-        for factor in (layer.lora["a"].lora_A, layer.lora["a"].lora_B):
+        for factor in () if fresh else (layer.lora["a"].lora_A, layer.lora["a"].lora_B):
             nn.init.normal_(factor)
         return Case(
             kind,

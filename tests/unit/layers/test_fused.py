@@ -111,6 +111,44 @@ def test_a_norm_that_calls_its_epsilon_otherwise() -> None:
     assert_same(lambda: norm(x), norm, FusedNorm, [x])
 
 
+def with_magnitudes(module: nn.Module) -> nn.Module:
+    """Return the module with DoRA's magnitudes moved away from the norms."""
+    with torch.no_grad():
+        for path, parameter in module.named_parameters():
+            if path.endswith(".magnitude"):
+                parameter.mul_(0.5 + torch.rand_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("names", [["gate_proj", "up_proj", "down_proj"], ["down_proj"], ["up_proj"]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_with_dora(names: list[str], bias: bool, dropout: float) -> None:
+    mlp = with_magnitudes(adapted(frozen(LlamaMLP(config_of(mlp_bias=bias))), names, use_dora=True, lora_dropout=dropout))
+    x = torch.randn(3, 7, 24, dtype=torch.float64, requires_grad=True)
+    assert_same(lambda: mlp.train()(x), mlp, FusedGatedMLP, [x])
+
+
+@pytest.mark.parametrize("names", [["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj"], ["q_proj", "v_proj"]])
+def test_projections_of_attention_with_dora(names: list[str]) -> None:
+    attention = with_magnitudes(adapted(frozen(LlamaAttention(config_of(attention_bias=True), 0)), names, use_dora=True))
+    x = torch.randn(1, 7, 24, dtype=torch.float64)
+    fuse_module(attention, FusedAttention)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        layer = attention.get_submodule(name)
+        seen = torch.randn(1, 7, layer.weight.shape[1], dtype=torch.float64)
+        weight = layer.weight
+        if name in names:
+            pair = layer.lora["default"]
+            inner = weight + 2.0 * pair.lora_B @ pair.lora_A
+            weight = pair.magnitude[:, None] * inner / inner.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(attention._project(seen, name)[0], seen @ weight.T + layer.bias, rtol=1e-11, atol=1e-11)
+    together = attention._project(x, "q_proj", "k_proj", "v_proj")
+    alone = [attention.get_submodule(name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 def test_a_norm_that_is_trained_or_under_autocast_runs_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, x = frozen(LlamaRMSNorm(24), torch.float32), torch.randn(2, 24)
     fuse_module(norm, FusedNorm)

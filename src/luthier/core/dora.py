@@ -1,0 +1,67 @@
+"""DoRA's equations in plain torch. Shape letters: R rank, I in_features, O out_features; `...` any leading axes.
+
+Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353, sections 4.1 to 4.3:
+
+    W' = (m / n) (W + scaling * B A)        m: (O,), trained; n = ||W + scaling * B A|| of each output's row
+
+m starts as n, so the first forward is the base's. n follows the pair but no gradient flows through it (section 4.3). With
+dropout x stays whole in the base's own term only:
+
+    y = W x + b + (m/n - 1) W drop(x) + (m/n) scaling * B A drop(x)
+
+For an embedding table, weight (V, O), the rows meant here are those of its transpose: one norm for each output.
+"""
+
+import torch
+from torch import Tensor
+
+
+def dora_norm_plain(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return n (O,), the plain expression that `dora_norm` equals. Shapes: weight (O, I), lora_A (R, I), lora_B (O, R)."""
+    dtype = _wide(weight, lora_A, lora_B)
+    return torch.linalg.vector_norm(weight.to(dtype) + scaling * (lora_B.to(dtype) @ lora_A.to(dtype)), dim=1)
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Return ||W||^2 of each row of weight (O, I), in float32 or wider: what of n does not change while the base is frozen."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=_wide(weight)).square()
+
+
+def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, squares: Tensor | None = None) -> Tensor:
+    """Return n (O,) without forming B A, in float32 or wider and without gradients. `squares` are `row_squares(weight)`.
+
+    ||W + s B A||^2 = ||W||^2 + 2 s sum((W A^T) * B) + s^2 sum((B A A^T) * B), each sum over R
+    """
+    dtype = _wide(weight, lora_A, lora_B)
+    weight, lora_A, lora_B = weight.detach().to(dtype), lora_A.detach().to(dtype), lora_B.detach().to(dtype)
+    squares = row_squares(weight) if squares is None else squares
+    crossed = (weight @ lora_A.T + (0.5 * scaling) * (lora_B @ (lora_A @ lora_A.T))) * lora_B
+    # Rounding could bring a row that the pair cancels below zero.
+    return (squares + (2 * scaling) * crossed.sum(dim=1)).clamp_min(0).sqrt()
+
+
+def dora_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return m / n (O,). Where n is 0, as for a row of zeros, it is m: the row times anything is zero, and never NaN."""
+    return magnitude / torch.where(norm > 0, norm, 1)
+
+
+def dora_update(base: Tensor, low_rank: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return (m/n - 1) base + (m/n) low_rank, what DoRA adds to a layer's output, in float32 or wider.
+
+    Shapes: base (..., O) is W drop(x) without bias, low_rank (..., O) is scaling * B A drop(x); magnitude and norm (O,).
+    """
+    scale = dora_scale(magnitude, norm)
+    return (scale - 1) * base + scale * low_rank
+
+
+def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return W' - W (O, I), in float64: a merge adds it to W and rounds the sum. `delta` is scaling * B A."""
+    weight = weight.double()
+    return dora_scale(magnitude, norm).double().unsqueeze(1) * (weight + delta) - weight
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
