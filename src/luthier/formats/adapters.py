@@ -170,8 +170,7 @@ def _load(
     verdict = check_base(model, folder, force=force)
 
     def stored_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, ...]:
-        roles = [role for role in pair_shapes(layer) if role != "bias"]
-        keys = [pair_key(layer.path, role, layer.kind.word, layer.is_adalora) for role in roles]
+        keys = [pair_key(layer.path, role, layer.kind.word, layer.is_adalora) for role in layer.shapes]
         return tuple(_master(tensors[key], weight.device) for key in keys)
 
     put(model, planned, name, stored_pair)

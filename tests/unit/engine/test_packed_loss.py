@@ -282,9 +282,13 @@ def test_padded_rows_of_a_fused_model_have_the_plain_loss(family: str, dtype: to
 
 @pytest.mark.parametrize("make_batch", [pack, lambda rows: collate(rows, 0)], ids=["packed", "padded"])
 @pytest.mark.parametrize("targets", [["lm_head"], [*LINEARS, "lm_head"]], ids=["head-only", "with-head"])
-def test_an_adapted_head_learns_as_in_the_unfused_model(targets: list[str], make_batch: object) -> None:
+@pytest.mark.parametrize(
+    "method", [{}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}], ids=["lora", "dora", "rsdora"]
+)
+def test_an_adapted_head_learns_as_in_the_unfused_model(method: dict[str, bool], targets: list[str], make_batch: object) -> None:
     for dtype in (torch.float32, torch.float64):
-        model, rows = adapted(dtype=dtype, lora={"target_modules": targets}, tie_word_embeddings=False), mixed_rows()
+        lora = {"target_modules": targets} | method
+        model, rows = adapted(dtype=dtype, lora=lora, tie_word_embeddings=False), mixed_rows()
         wanted = lone(model, rows)
         assert any(name.startswith("lm_head.") for name in wanted[1])
         assert_same(answer_loss(fused(model), make_batch(rows))[0], model, wanted, dtype)  # type: ignore[operator]
