@@ -235,7 +235,7 @@ def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False, use
     give_b_values(named)
     fuse(model)
     use_compiler(compiled)
-    settle_allocator(itemsize=dtype_of(arguments).itemsize)
+    settle_allocator(saves_memory=dtype_of(arguments).itemsize <= 2)
     ids = batches(arguments, base.tokenizer)
 
     def loss_of(batch: Any) -> Any:

@@ -27,7 +27,7 @@ from luthier.formats.adapter_config import converted_config, dump_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
-from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, pair_shapes, rows_key, whole_key
+from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, rows_key, whole_key
 from luthier.formats.plain_lora import plain_lora
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import layer_kind

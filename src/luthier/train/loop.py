@@ -107,7 +107,8 @@ class Trainer:
         self.peak_bytes = 0
         weight = next(self.model.parameters())
         device = weight.device
-        self.allocator = settle_allocator(device.type, weight.itemsize)
+        saves_memory = weight.itemsize <= 2 or self.settings.gradient_checkpointing
+        self.allocator = settle_allocator(device.type, saves_memory=saves_memory)
         self.keeps_memory = self.allocator.startswith("freed blocks")
         self.is_compiled = use_compiler(self._wants_compiler(), device)
         if self.settings.gradient_checkpointing:

@@ -49,17 +49,18 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def settle_allocator(device: str = "cpu", itemsize: int = 4) -> str:
+def settle_allocator(device: str = "cpu", *, saves_memory: bool = False) -> str:
     """Keep freed memory, or give it back at once, where that is worth its price; return what was done and why, in words.
 
     Where a processor has bf16 units, products are so fast that paging takes half a step. Elsewhere no gain was measured, and kept
-    memory fragments: the peak is up to a fifth higher. A base of 16 bits (`itemsize` 2) is chosen there for memory's sake.
+    memory fragments: the peak is up to a fifth higher. `saves_memory` says that the run gives time for memory there (16 bits,
+    checkpointing), so then not even glibc's own keeping is wanted.
     """
     if device != "cpu":
         return "left as it is: the tensors are not in this process's memory"
     if fast_bf16_unit() is not None:
         return keep_freed_memory()
-    return give_back_large_blocks() if itemsize <= 2 else "left as it is: on this processor paging is a small part of a step"
+    return give_back_large_blocks() if saves_memory else "left as it is: on this processor paging is a small part of a step"
 
 
 def keep_freed_memory() -> str:
@@ -70,7 +71,7 @@ def keep_freed_memory() -> str:
 
 def give_back_large_blocks() -> str:
     """Let this process map each large block alone, so that nothing fragments, where the allocator is glibc's; return words."""
-    words = f"blocks from {SMALLEST_MAPPED >> 20} MiB are given back when they are free (mallopt): 16 bits save memory"
+    words = f"blocks from {SMALLEST_MAPPED >> 20} MiB are given back when they are free (mallopt), to save memory"
     return _mallopt(words, (M_MMAP_THRESHOLD, SMALLEST_MAPPED))
 
 

@@ -157,13 +157,13 @@ def test_memory_is_kept_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> N
     assert settle_allocator().startswith("left as it is")
 
 
-def test_16_bits_without_units_are_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_saves_memory_gets_it_back_where_there_are_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "give_back_large_blocks", lambda: "given back")
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: "kept")
     monkeypatch.setattr(memory, "fast_bf16_unit", lambda: None)
-    assert settle_allocator(itemsize=2) == "given back"
+    assert settle_allocator(saves_memory=True) == "given back"
     monkeypatch.setattr(memory, "fast_bf16_unit", lambda: "AMX")
-    assert settle_allocator(itemsize=2) == "kept"
+    assert settle_allocator(saves_memory=True) == "kept"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
