@@ -106,6 +106,8 @@ class RunSettings(Settings):
     def _settings_take_effect(self) -> Self:
         if self.train.patience and not self.data.eval_path and not self.data.eval_fraction:
             raise ValueError("train.patience needs held-out rows: set data.eval_path or data.eval_fraction")
+        if self.train.freeze_A and isinstance(self.lora, AdaLoraConfig):
+            raise ValueError("train.freeze_A leaves AdaLoRA nothing to measure lora_A by; leave one of the two out")
         if (self.data.prompt is None) != (self.data.completion is None):
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:

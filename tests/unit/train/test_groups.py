@@ -87,6 +87,11 @@ def test_settings_that_would_do_nothing_are_refused(sections: dict, told: str, r
         run_settings(**sections)
 
 
+def test_a_frozen_A_beside_adalora_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to measure lora_A by"):
+        RunSettings(model="m", out="o", data={"path": "rows.jsonl"}, lora={"peft_type": "ADALORA"}, train={"freeze_A": True})
+
+
 def test_the_schedule_moves_all_groups_and_keeps_their_ratio(run_settings: Make) -> None:
     """The logged rate is A's, and B's is always 8 times as large."""
     seen = []
