@@ -86,3 +86,13 @@ def test_train_memory_runs_tiny(root: Path, folder: Path) -> None:
     assert set(result["by_length"]) == {"16", "32"}
     assert set(result["settings"]) == {"short"}
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_variants_run_tiny(root: Path, folder: Path) -> None:
+    size = ("--steps", "4", "--held-out", "3", "--match", "2", "--seeds", "1")
+    result = result_of(root, folder, "variants.py", *size, "--only", "lora", "dora", "adalora", "pissa")
+    means = result["means"]
+    assert set(means) == {"lora", "dora", "adalora", "pissa"}
+    assert means["lora"]["parameters"] < means["dora"]["parameters"] < means["adalora"]["parameters"]
+    assert all(each["eval_loss"] > 0 and 0 <= each["exact"] <= 1 for each in means.values())
