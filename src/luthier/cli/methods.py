@@ -15,7 +15,6 @@ def methods(
     from rich.table import Table
 
     from luthier.core.methods import CATALOGUE
-    from luthier.train.settings import is_available
 
     shown = [method for method in CATALOGUE if name in (None, method.name)]
     if not shown:
@@ -23,16 +22,14 @@ def methods(
         raise ConfigError(f"there is no method {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}")
     if as_json:
         keys = ("name", "kind", "what", "when", "source", "settings", "flag")
-        listed = [{key: getattr(method, key) for key in keys} | {"available": is_available(method)} for method in shown]
-        print_json({"methods": listed})
+        print_json({"methods": [{key: getattr(method, key) for key in keys} for method in shown]})
         return
     for kind, title in (("method", "ways to adapt: luthier train --method"), ("init", "ways to begin: luthier train --init")):
         table = Table.grid(padding=(0, 2, 1, 0))
         table.add_column(style="bold")
         table.add_column()
         for method in (method for method in shown if method.kind == kind):
-            absent = "" if is_available(method) else "\nNot available yet in this version."
-            table.add_row(method.name, f"{method.what}\nWhen: {method.when}\n{method.source}{absent}")
+            table.add_row(method.name, f"{method.what}\nWhen: {method.when}\n{method.source}")
         if table.row_count:
             console.rule(title, align="left")
             console.print(table, highlight=False)

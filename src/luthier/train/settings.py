@@ -152,14 +152,12 @@ def _twice(r: Any) -> int:
 def settings_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the settings, by section, that choose the methods with these names.
 
-    Raises: ConfigError for a name that is none, or one that this version cannot do yet.
+    Raises: ConfigError for a name that is none.
     """
     if unknown := [name for name in names if name not in METHOD_NAMES]:
         near = did_you_mean(unknown[0], METHOD_NAMES)
         raise ConfigError(f"there is no method {unknown[0]!r}.{near} Known: {', '.join(METHOD_NAMES)}; see: luthier methods")
     chosen = [method for method in CATALOGUE if method.name in names]
-    if absent := [method.name for method in chosen if not is_available(method)]:
-        raise ConfigError(f"not available yet in this version of luthier: {', '.join(absent)}")
     values: dict[str, dict[str, Any]] = {}
     for method in chosen:
         for section, settings in method.settings.items():
@@ -177,21 +175,10 @@ def check_methods(settings: RunSettings, names: Sequence[str]) -> None:
         raise ConfigError(f"--method says {', '.join(names)}, but {'; '.join(faults)}")
 
 
-def is_available(method: Method) -> bool:
-    """Return whether this version has the settings that choose the method."""
-    return all(key in _fields_of(section) for section, settings in method.settings.items() for key in settings)
-
-
 def _is_used(method: Method, settings: RunSettings) -> bool:
     return all(
         bool(getattr(getattr(settings, section), key, None)) for section, chosen in method.settings.items() for key in chosen
     )
-
-
-def _fields_of(section: str) -> dict[str, Any]:
-    models: dict[str, type[Settings]] = {"lora": LoraConfig, "train": TrainSettings}
-    model = models[section]
-    return {key: field for each in (*model.__subclasses__(), model) for key, field in each.model_fields.items()}
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
