@@ -1,12 +1,13 @@
 """docs/errata.md: every number that the page calls right is recomputed here, and held against the page to its last digit.
 
 In the page's tables **bold** is what is right and `typewriter` what the reason rests on; both are read in the order of the row
-and compared with RECOMPUTED[row]. Sources: autograd in float64, models built on the meta device, luthier's own plan, formulas.
+and compared with what the table's function here returns. Sources: autograd in float64, models on the
+meta device, luthier's own plan, formulas.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,45 +15,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.meta_models import Q_AND_V, linear, llama_by_formula, llama_model, parameters, trained, trained_by_hand
+from tests.printed import agrees, flat, printed_numbers
 from torch import Tensor, nn
 
-from luthier.adapt import adapter_parameters, attach, plan
+from luthier.adapt import adapter_parameters, attach
 from luthier.core.config import LoraConfig
 from luthier.core.lora import lora_scaling
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/errata.md"
 ROW = re.compile(r"^\| ([A-F]\d+) \| (.+) \| (.+) \| (.+) \|$", re.MULTILINE)
-CHECKED = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
-
-Q_AND_V = ["q_proj", "v_proj"]
-GPT3 = 175_255.8e6  # the paper's Table 4
-
-
-# --- reading the page ----------------------------------------------------------------------------------------
-
-
-def printed_numbers(text: str) -> list[str]:
-    """Return the numbers in the bold and typewriter parts of a text, as they are printed."""
-    parts = [bold or code for bold, code in CHECKED.findall(text)]
-    return [number for part in parts for number in NUMBER.findall(part)]
-
-
-def agrees(printed: str, value: float) -> bool:
-    """Tell whether `printed` is `value`, rounded to the digits that are printed."""
-    _, _, decimals = printed.partition(".")
-    return abs(float(printed.replace(",", "")) - value) <= 0.5 * 10.0 ** -len(decimals) * (1 + 1e-9)
-
-
-def flat(values: Iterable[Any]) -> list[float]:
-    """Return numbers, tensors and lists of them as one list of numbers."""
-    out: list[float] = []
-    for value in values:
-        out += value.flatten().tolist() if isinstance(value, Tensor) else flat(value) if isinstance(value, list) else [value]
-    return out
-
-
 ROWS = {key: printed_numbers(f"{right} | {reason}") for key, _, right, reason in ROW.findall(PAGE.read_text(encoding="utf-8"))}
+GPT3 = 175_255.8e6  # parameters, by the paper's Table 4
 
 
 # --- A: one step by hand, in float64 ---------------------------------------------------------------------------
@@ -119,41 +93,6 @@ def a_rows() -> dict[str, list[Any]]:
 
 # --- counting ------------------------------------------------------------------------------------------------
 
-LLAMA = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied
-    "7B": (4096, 11008, 32, 32, 32, 32000, False),
-    "13B": (5120, 13824, 40, 40, 40, 32000, False),
-    "65B": (8192, 22016, 80, 64, 64, 32000, False),
-    "2-70B": (8192, 28672, 80, 64, 8, 32000, False),
-    "3.2-3B": (3072, 8192, 28, 24, 8, 128256, True),
-}
-
-
-@cache
-def llama_model(size: str) -> nn.Module:
-    """Return a Llama model on the meta device: shapes, no numbers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, feed_forward, layers, heads, kv_heads, vocab, tied = LLAMA[size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-    )
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
-
-
-def llama_by_formula(size: str) -> int:
-    """Return a Llama model's parameters: embedding and head, and per layer four projections, three of the MLP, two norms."""
-    hidden, feed_forward, layers, heads, kv_heads, vocab, tied = LLAMA[size]
-    narrow = hidden // heads * kv_heads
-    layer = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * feed_forward + 2 * hidden
-    return vocab * hidden * (1 if tied else 2) + layers * layer + hidden
-
 
 @cache
 def llama4_model(name: str = "Scout") -> nn.Module:
@@ -178,25 +117,6 @@ def gpt3_attention() -> nn.Module:
     with torch.device("meta"):
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         return nn.ModuleList(nn.ModuleDict({name: nn.Linear(12_288, 12_288, bias=False) for name in names}) for _ in range(96))
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def linear(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Return the linear layers but the head."""
-    return [(path, one) for path, one in model.named_modules() if isinstance(one, nn.Linear) and path != "lm_head"]
-
-
-def trained(model: nn.Module, r: int, targets: list[str] | str = Q_AND_V) -> int:
-    """Return how many numbers an adapter trains, by luthier's plan."""
-    return plan(model, LoraConfig(r=r, target_modules=targets)).num_parameters
-
-
-def trained_by_hand(shapes: Iterable[tuple[int, int]], r: int) -> int:
-    """Return r (in + out), summed."""
-    return sum(r * (one + other) for one, other in shapes)
 
 
 # --- B to F --------------------------------------------------------------------------------------------------
