@@ -121,9 +121,10 @@ def stored_update(axes: Any) -> Lines:
         stored = fold(weight, [delta]).bfloat16().float() - weight
         values = torch.linalg.svdvals(stored.double()) / weight.double().norm()
         kept = (values[:r].square().sum() / values.square().sum()).item()
+        lines.setdefault("energy of rank 8", []).append((share, kept))
         label = f"{100 * share:g} %: {100 * kept:.3g} % of its energy is of rank 8"
         values = values[:shown].tolist()
-        lines[label] = list(enumerate(values, 1))
+        lines[f"{100 * share:g} %"] = list(enumerate(values, 1))
         axes.plot(range(1, shown + 1), values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
     axes.axvline(r + 0.5, color="black", linewidth=1, linestyle="--")
     axes.annotate("rank of the update", (r + 0.5, 1.2e-2), (6, 0), textcoords="offset points")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.meta_models import Q_AND_V, linear, llama_by_formula, llama_model, parameters, trained, trained_by_hand
-from tests.printed import agrees, flat, printed_numbers
+from tests.printed import NUMBER, agrees, flat, printed_numbers
 from torch import Tensor, nn
 
 from luthier.adapt import adapter_parameters, attach
@@ -160,7 +160,7 @@ def c_rows() -> dict[str, list[Any]]:
     llama = llama_model("7B")
     base, (r8, r16) = parameters(llama), (trained(llama, r) for r in (8, 16))
     lines = [(count, base + count, 100 * count / (base + count)) for count in (r16, r8)]
-    gpt3 = {r: trained(gpt3_attention(), r) for r in (1, 4, 8)}
+    gpt3, wide = {r: trained(gpt3_attention(), r) for r in (1, 4, 8)}, trained(llama, 64, "all-linear")
     with torch.device("meta"):
         token, down, up = torch.empty(1, 4096), torch.empty(4096, 8), torch.empty(8, 4096)
     flops = []
@@ -170,7 +170,10 @@ def c_rows() -> dict[str, list[Any]]:
         flops.append(counter.get_total_flops() // 2)  # it counts a multiplication and an addition
     return {
         "C1": [*lines[0], *lines[1]],
-        "C3": [base / r8, base / r16, GPT3 / gpt3[8], GPT3 / gpt3[4], gpt3[1], 100 * gpt3[1] / GPT3],
+        "C3": [
+            *(base / r8, base / r16, GPT3 / gpt3[8], GPT3 / gpt3[4]),
+            *(GPT3 / gpt3[1], 100 * gpt3[1] / GPT3, base / wide, 100 * wide / base),
+        ],
         "C4": flops,
         "C7": [16 * base / 1e9, 6 * base / 1e9],
     }
@@ -344,11 +347,13 @@ def test_adapters_of_gpt3_count_as_in_the_papers_formula(r: int, targets: list[s
     assert trained(gpt3_attention(), r, targets) == 2 * (96 * len(targets)) * 12_288 * r == count
 
 
-def test_counts_of_the_first_introduction() -> None:
+def test_what_the_explanations_have_right_is_right() -> None:
+    text = PAGE.read_text(encoding="utf-8").split("## What they have right")[1]
     counts = [trained_by_hand([(4096, 4096)], r) for r in (8, 16, 64)]
-    assert counts == [65_536, 131_072, 524_288]
-    page = PAGE.read_text(encoding="utf-8")
-    assert all(f"{count:,}" in page for count in counts)
+    whole = 4096 * 4096
+    assert [f"{count:,}" for count in (*counts, whole)] == NUMBER.findall(text)[:4]
+    assert f"{whole // counts[0]} times fewer at r = 8" in text
+    assert f"{4 * llama_by_formula('7B') / 1e9:.0f} GB" in text.replace("\n", " ")
 
 
 def test_q_and_v_of_scout_and_maverick_have_the_same_shapes() -> None:

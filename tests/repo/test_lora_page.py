@@ -240,12 +240,13 @@ def test_the_drawn_floor_is_bfloat16s_rounding(committed: dict[str, Lines]) -> N
     # Independent errors of one size in n x n entries have a largest singular value of about 2 sqrt(n) times that size.
     floor = 2 * bfloat16_rounding() / math.sqrt(512)
     for share in (0.03, 0.01):
-        (points,) = (points for label, points in committed["stored-update"].items() if label.startswith(f"{100 * share:g} %"))
+        points = committed["stored-update"][f"{100 * share:g} %"]
         assert points[8][1] == pytest.approx(floor, rel=0.05)
         assert math.sqrt(sum(y**2 for _, y in points[:8])) == pytest.approx(share, rel=0.01)
-    # The share of rank 8 in the label: what the update has over what it and the rounding have together.
-    (label,) = (label for label in committed["stored-update"] if label.startswith("1 %"))
-    assert float(NUMBER.findall(label)[1]) == pytest.approx(100 / (1 + (bfloat16_rounding() / 0.01) ** 2), abs=0.3)
+    # What the update has over what it and the rounding have together.
+    kept = dict(committed["stored-update"]["energy of rank 8"])
+    for share in (0.03, 0.01):
+        assert kept[share] == pytest.approx(1 / (1 + (bfloat16_rounding() / share) ** 2), abs=0.003)
 
 
 def test_the_drawn_memory_is_the_tables(committed: dict[str, Lines]) -> None:
