@@ -1,0 +1,9 @@
+"""Instruments: what a run needs before it starts, and what an adapter learned once it is there.
+
+Never trains, never changes a model or an adapter's folder.
+"""
+
+from luthier.core.lazy import lazy_names
+
+# No module here bears the name of what it holds: importing it would put the module in the place of the name.
+__getattr__, __all__ = lazy_names(__name__, {})

@@ -1,0 +1,9 @@
+"""Base weights in 4 bits: how they are stored, and how they are read back.
+
+Knows tensors only, no layer, model or file.
+"""
+
+from luthier.core.lazy import lazy_names
+
+# No module here bears the name of what it holds: importing it would put the module in the place of the name.
+__getattr__, __all__ = lazy_names(__name__, {})
