@@ -105,6 +105,10 @@ def _made(planned: AttachPlan, modules: dict[str, nn.Module], make_pair: PairMak
     """Return the pairs and the replacements (by path) of a plan."""
     pairs = {layer: _pair(planned, layer, modules[layer.path], make_pair) for layer in planned.layers}
     replacements = {path: whole_copy(modules[path]) for path in planned.saved}
+    for (first, key), *others in planned.ties:
+        for path, other_key in others:
+            holder, _, leaf = other_key.rpartition(".")
+            replacements[path].get_submodule(holder)._parameters[leaf] = replacements[first].get_parameter(key)
     replacements |= {path: bias_copy(modules[path]) for path in planned.biases}
     for table in planned.tables:
         weight = cast(Tensor, modules[table.path].weight).detach()

@@ -240,6 +240,10 @@ def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
         for key, shape in expected.items()
         if key in found and tuple(found[key].shape) != shape
     ]
+    for (first, key), *others in planned.ties:
+        kept = found.get(whole_key(first, key))
+        differing = [path for path, other in others if kept is not None and not _equal(kept, found.get(whole_key(path, other)))]
+        faults += [f"{first} and {path} are trained as one (ensure_weight_tying), but differ in the file" for path in differing]
     if faults:
         shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if len(faults) > 20 else [])
         raise AdapterMismatchError(
@@ -247,6 +251,10 @@ def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
             + "\n".join(f"  {fault}" for fault in shown)
         )
     return planned
+
+
+def _equal(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(tensor, other)
 
 
 def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: str) -> LoraConfig:
