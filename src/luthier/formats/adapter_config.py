@@ -34,7 +34,6 @@ _UNUSED: dict[str, Any] = {
     "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
-    "velora_config": None,
 }
 # Keys that say nothing about the adapter's function; what they hold when read does not matter.
 _INFORMATIONAL: dict[str, Any] = {
@@ -45,10 +44,11 @@ _INFORMATIONAL: dict[str, Any] = {
     "peft_type": "LORA",
     "peft_version": PEFT_VERSION,
     "qalora_group_size": 16,
+    "velora_config": None,  # how the gradients of lora_A were formed
 }
 _IGNORED = {*_INFORMATIONAL, "runtime_config", "enable_lora"}
 # Inits that only say how the numbers began; the file holds the numbers.
-_SPENT_INITS = ("orthogonal", "eva")
+_SPENT_INITS = ("orthogonal", "eva", "mica")
 
 
 def converted_config(config: LoraConfig) -> LoraConfig:

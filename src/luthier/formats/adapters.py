@@ -271,10 +271,13 @@ def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: s
 def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> bool:
     """Return whether a tensor that no adapter needs says nothing new, so that it may be left out.
 
-    PEFT stores the base's own tables with adapted embeddings, and with bias='all' a second copy of a bias in modules_to_save.
+    PEFT stores the base's own tables with adapted embeddings, with bias='all' a second copy of a bias in modules_to_save, and
+    for VeLoRA the directions that stood for a layer's inputs in the gradient of lora_A.
     """
     tensor = tensors[key]
     path, _, last = _short(key).rpartition(".")
+    if last == "lora_velora_embed":
+        return True
     if path.endswith(".modules_to_save"):
         other = tensors.get(whole_key(path.removesuffix(".modules_to_save"), last))
     else:
