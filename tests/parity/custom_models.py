@@ -197,7 +197,7 @@ CUSTOM_CASES = (
     CustomCase("velora-random", "mlp", FIRST | _velora("random"), refused="velora_config", reads=True),
     CustomCase("velora-average", "mlp", BOTH | _velora("batch_average"), refused="velora_config", reads=True),
     CustomCase("velora-first-average", "mlp", FIRST | _velora("batch_average_once"), refused="velora_config", reads=True),
-    CustomCase("monteclora", "mlp", FIRST | {"monteclora_config": {"num_samples": 2}}, refused="monteclora_config"),
+    CustomCase("monteclora", "mlp", FIRST | {"monteclora_config": {"num_samples": 2}}, refused="monteclora_config", reads=True),
     CustomCase("bdlora-a", "mlp", _bdlora(a=("first",), match_strict=False), refused="use_bdlora"),
     CustomCase("bdlora-b", "mlp", _bdlora(b=("last",), nblocks=2, match_strict=False), refused="use_bdlora"),
     CustomCase("bdlora-both", "mlp", _bdlora(a=("first",), b=("last",), nblocks=2), refused="use_bdlora"),

@@ -290,7 +290,7 @@ def test_a_folder_of_another_method_is_not_read_as_plain_lora(case: CustomCase, 
 
 @named(tuple(case for case in REFUSED if case.reads))
 def test_a_folder_that_holds_plain_lora_is_read_however_it_was_trained(case: CustomCase, tmp_path: Path) -> None:
-    """What is special in these is which numbers have gradients, or how those are formed."""
+    """What is special in these happens in training: which numbers have gradients, how those are formed, what shakes lora_A."""
     expected = logits(written_by_peft(case, tmp_path / "peft"), case.x)
     live = case.base()
     load_adapter(live, tmp_path / "peft")

@@ -30,7 +30,6 @@ _UNUSED: dict[str, Any] = {
     "loftq_config": {},
     "lora_ga_config": None,
     "megatron_config": None,
-    "monteclora_config": None,
     "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
@@ -41,6 +40,7 @@ _INFORMATIONAL: dict[str, Any] = {
     "fan_in_fan_out": False,
     "inference_mode": True,
     "megatron_core": "megatron.core",
+    "monteclora_config": None,  # how lora_A was shaken while it was trained
     "peft_type": "LORA",
     "peft_version": PEFT_VERSION,
     "qalora_group_size": 16,
