@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from tests.parity.cases import logits, randomise, relative
 from tests.parity.custom_models import APPLIED, CUSTOM_CASES, DOUBLED, MIXED, REFUSED, UNMERGED, CustomCase
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from luthier.adapt import adapter_parameters, attach, detach, disabled, merge, unmerge
+from luthier.adapt.state import AdapterParameter
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterError, AdapterStateError, ConfigError
 from luthier.formats.adapters import load_adapter, save_adapter
@@ -57,10 +59,11 @@ def trained(case: CustomCase) -> nn.Module:
 
 def leaves_of(model: nn.Module) -> Leaves:
     """Return (path, role or parameter name) -> float64 leaf, for all that an adapter of ours trains."""
-    return {
-        (item.path, item.key or item.role): item.parameter.detach().double().requires_grad_()
-        for item in adapter_parameters(model)
-    }
+    return {name_of(item): item.parameter.detach().double().requires_grad_() for item in adapter_parameters(model)}
+
+
+def name_of(item: AdapterParameter) -> tuple[str, str]:
+    return item.path, item.key if item.role == "whole" else item.role
 
 
 def dense_base(base: nn.Module) -> nn.Module:
@@ -111,7 +114,7 @@ def adapted_weight(layer: nn.Module, weight: Tensor, leaves: Leaves, path: str, 
     groups = getattr(layer, "groups", 1)
     blocks = zip(lora_B.flatten(1).chunk(groups), lora_A.chunk(groups), strict=True)
     delta = scaling * torch.cat([torch.tensordot(B, A, dims=1) for B, A in blocks])
-    is_turned = not isinstance(layer, (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS))
+    is_turned = isinstance(layer, (nn.Embedding, Conv1D))
     inner = (weight.T if is_turned else weight) + delta
     if magnitude is not None:
         lengths = inner.detach().square().flatten(1).sum(1).sqrt()
@@ -166,7 +169,7 @@ def test_forward_and_gradients_are_the_dense_model(case: CustomCase) -> None:
     got.backward(upstream)
     want.backward(upstream.double())
     for item in adapter_parameters(model):
-        name = item.path, item.key or item.role
+        name = name_of(item)
         exact = leaves[name].grad
         assert item.parameter.grad is not None and exact is not None and exact.any(), name
         assert relative(item.parameter.grad, exact) <= 1e-5, name

@@ -30,9 +30,11 @@ _UNUSED: dict[str, Any] = {
     "loftq_config": {},
     "lora_ga_config": None,
     "megatron_config": None,
+    "monteclora_config": None,
     "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
+    "velora_config": None,
 }
 # Keys that say nothing about the adapter's function; what they hold when read does not matter.
 _INFORMATIONAL: dict[str, Any] = {
@@ -40,15 +42,15 @@ _INFORMATIONAL: dict[str, Any] = {
     "fan_in_fan_out": False,
     "inference_mode": True,
     "megatron_core": "megatron.core",
-    "monteclora_config": None,  # how lora_A was shaken while it was trained
     "peft_type": "LORA",
     "peft_version": PEFT_VERSION,
     "qalora_group_size": 16,
-    "velora_config": None,  # how the gradients of lora_A were formed
 }
 _IGNORED = {*_INFORMATIONAL, "runtime_config", "enable_lora"}
 # Inits that only say how the numbers began; the file holds the numbers.
 _SPENT_INITS = ("orthogonal", "eva", "mica")
+# Methods that only say how the numbers were trained.
+_SPENT_METHODS = ("monteclora_config", "velora_config")
 
 
 def converted_config(config: LoraConfig) -> LoraConfig:
@@ -100,6 +102,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
         )
     method = PEFT_TYPES[data["peft_type"]]
     used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {}, [])}
+    used = {key: value for key, value in used.items() if key not in _SPENT_METHODS}
     init = data.get("init_lora_weights", True)
     if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:  # PEFT's base is another one then
         used["init_lora_weights"] = init
