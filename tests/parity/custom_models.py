@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.core.config import LoraConfig
+
 
 class Row(nn.Module):
     """Named layers one after the other, with a bend between them and log-probabilities at the end.
@@ -135,6 +137,7 @@ DORA, BIAS = {"use_dora": True}, {"lora_bias": True, "lora_alpha": 32}
 UNMERGED = "cannot merge a window of one over three axes: it forms the update for another shape"
 DOUBLED = "adds the output projection's update twice, in the forward and in its merge"
 MIXED = "takes DoRA's norm of a matrix whose rows mix the outputs of a group"
+PARAMETERS = "" if "target_parameters" in LoraConfig.model_fields else "target_parameters"  # applied as soon as it is a setting
 NO_MAGNITUDE = "groups, and PEFT's norm in use_dora is not that of an output"
 
 
@@ -188,9 +191,9 @@ CUSTOM_CASES = (
     # Attention: both of its projections get a pair.
     CustomCase("attention", "attention", {"target_modules": ["attention"]}, peft=DOUBLED),
     CustomCase("attention-and-last", "attention", {"target_modules": ["attention", "last"]}, peft=DOUBLED),
-    # Parameters by their own names.
-    CustomCase("bare-parameter", "bare", {"target_parameters": ["first.weight"]}, refused="target_parameters"),
-    CustomCase("parameter-of-a-layer", "mlp", FIRST | {"target_parameters": ["last.weight"]}, refused="target_parameters"),
+    # Parameters by their own names. Without `target_modules` luthier means every linear layer, and PEFT none.
+    CustomCase("bare-parameter", "bare", {"target_modules": [], "target_parameters": ["first.weight"]}, refused=PARAMETERS),
+    CustomCase("parameter-of-a-layer", "mlp", FIRST | {"target_parameters": ["last.weight"]}, refused=PARAMETERS),
     # Methods that are not here: refused by name, and no folder is read as plain LoRA that is not.
     CustomCase("kasa", "mlp", FIRST | {"r": 4, "kasa_config": {}}, refused="kasa_config"),
     CustomCase("mica", "mlp", FIRST | {"r": 4, "init_lora_weights": "mica"}, refused="mica", reads=True),
