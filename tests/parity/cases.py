@@ -162,6 +162,7 @@ CASES = [
     ),
     Case("dora-conv1d", "gpt2", {"r": 5, "lora_alpha": 9, "use_dora": True, "target_modules": ["c_attn", "c_proj"]}),
     Case("dora-embedding", "llama", {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    Case("dora-convolutions", "convolutions", {"r": 3, "use_dora": True, "target_modules": ["line", "plane", "volume"]}),
     Case("dora-random", "llama", {"r": 6, "use_dora": True, "target_modules": QV, "init_lora_weights": False}),
     Case("dora-bias", "llama-bias", {"r": 2, "use_dora": True, "target_modules": QV, "bias": "lora_only"}),
 ]

@@ -161,7 +161,7 @@ def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair
         pair = LoraPair(lora_A, lora_B, layer.scaling, dropout, bias, start=start, lora_bias=lora_bias)
     if layer.has_magnitude:
         weight = cast(Tensor, module.weight)
-        pair.begin_magnitude(weight if layer.kind.word == "linear" else weight.T)
+        pair.begin_magnitude(weight.T if layer.kind.word in ("conv1d", "embedding") else weight)
     return pair.train(module.training)
 
 

@@ -5,6 +5,7 @@ right shape, or nothing is attached. Swapping is loading in the place of an adap
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,8 +280,11 @@ def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: s
 def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> bool:
     """Return whether a tensor that no adapter needs says nothing new, so that it may be left out.
 
-    PEFT stores the base's own tables with adapted embeddings, and with bias='all' a second copy of a bias in modules_to_save.
+    PEFT stores the base's own tables with adapted embeddings, with bias='all' a second copy of a bias in modules_to_save, and
+    what VeLoRA and MonteCLoRA need while they train.
     """
+    if re.search(r"\.lora_(velora_embed$|monteclora_sampler\.)", key):
+        return True
     tensor = tensors[key]
     path, _, last = _short(key).rpartition(".")
     if path.endswith(".modules_to_save"):
