@@ -244,8 +244,11 @@ class Part:
         weight = widened("weight", self.weight, self.products)
         if not self.is_merged:
             return weight
-        merged = scratch("merged", tuple(weight.shape), self.products, weight.device)
-        return torch.addmm(weight, self.b(), self.a(), out=merged)
+        # In the weight's own layout: from the other one BLAS adds up in another order, and a fresh pair would change last bits.
+        is_turned = weight.T.is_contiguous() and not weight.is_contiguous()
+        shape = tuple(weight.T.shape if is_turned else weight.shape)
+        merged = scratch("merged", shape, self.products, weight.device)
+        return torch.addmm(weight, self.b(), self.a(), out=merged.T if is_turned else merged)
 
     def dropped(self, x_NI: Tensor) -> Tensor:
         """What the pair sees of x, (N, I)."""
