@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from luthier.adapt.fusing import unfuse
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
-from luthier.adapt.state import adapted_modules, adapter_parameters, adapter_prefixes, check_whole, find_roster, roster_of
+from luthier.adapt.state import (
+    adapted_modules,
+    adapter_parameters,
+    adapter_prefixes,
+    check_unmerged,
+    check_whole,
+    find_roster,
+    roster_of,
+)
 from luthier.core.adalora import init_triplets
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError, AdapterStateError
@@ -50,11 +58,10 @@ def install(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairMak
     roster = find_roster(model)
     modules = base_modules(model)
     check_name_on(modules, name)
-    if roster is not None and roster.is_merged:
-        raise AdapterStateError(f"adapters {list(roster.active)} are merged into the weights; unmerge(model) first")
-    if roster is not None and name in roster.configs:
-        raise AdapterStateError(f"this model already has an adapter {name!r}; detach it first, or use another name")
     if roster is not None:
+        check_unmerged(roster)
+        if name in roster.configs:
+            raise AdapterStateError(f"this model already has an adapter {name!r}; detach it first, or use another name")
         _check_covers(model, roster)
         check_whole(model, roster)
     # Everything that can fail is made first, so that a failure leaves the model as it was.
@@ -78,8 +85,7 @@ def reinstall(model: nn.Module, planned: AttachPlan, name: str, make_pair: PairM
     """
     roster = roster_of(model)
     roster.check(name)
-    if roster.is_merged:
-        raise AdapterStateError(f"adapters {list(roster.active)} are merged into the weights; unmerge(model) first")
+    check_unmerged(roster)
     check_whole(model, roster)
     _check_restorable(model)
     others = [other for other in roster.active if other != name]

@@ -43,6 +43,12 @@ def roster_of(model: nn.Module) -> Roster:
     return roster
 
 
+def check_unmerged(roster: Roster) -> None:
+    """Raise AdapterStateError while adapters are merged into the weights."""
+    if roster.is_merged:
+        raise AdapterStateError(f"adapters {list(roster.active)} are merged into the weights; unmerge(model) first")
+
+
 def check_whole(model: nn.Module, roster: Roster) -> None:
     """Raise AdapterStateError unless `model` is what the adapters were attached to, rather than a part of it or a wrapper."""
     inside = adapter_prefixes(model)

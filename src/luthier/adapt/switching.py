@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from luthier.adapt.state import adapted_modules, find_roster, roster_of
+from luthier.adapt.state import adapted_modules, check_unmerged, find_roster, roster_of
 from luthier.core.errors import AdapterStateError
 
 
@@ -23,8 +23,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | Mapping[str, float])
         roster.check(name)
     if bad := {name: weight for name, weight in weights.items() if not math.isfinite(weight)}:
         raise AdapterStateError(f"the weight of an adapter must be a finite number, not {bad}")
-    if roster.is_merged:
-        raise AdapterStateError(f"adapters {list(roster.active)} are merged into the weights; unmerge(model) first")
+    check_unmerged(roster)
     for path, module in adapted_modules(model):
         replacing = [name for name in weights if name in module.replacements]
         if len(replacing) > 1:

@@ -81,9 +81,11 @@ CATALOGUE = (
     Method(
         "lora-fa",
         "method",
-        "LoRA with A frozen as it began: only B has gradients and moments, about half as many numbers. The input of a layer "
-        "need not be kept for A's gradient any more; luthier's own projections keep it all the same for now.",
-        "Large ranks, where gradients and moments take room. If it learns too little, raise the rank.",
+        "LoRA with A frozen as it began: only B has gradients and moments, about half as many numbers, and no layer keeps its "
+        "input for A's gradient. That takes 6 to 13 % off the peak of a step (SmolLM2-135M, 2 x 256 tokens, float32, r = 16), "
+        "and nothing in fused blocks, which keep none for LoRA either.",
+        "Large ranks, where gradients and moments take room, and models whose blocks are not fused. If it learns too little, "
+        "raise the rank.",
         "Zhang et al. 2023, arXiv:2308.03303",
         {"train": {"freeze_A": True}},
     ),

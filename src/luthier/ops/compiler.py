@@ -41,7 +41,8 @@ BLOCK_BYTES = 2**20
 class Kernel:
     """A function of tensors that is compiled at its first use after `use_compiler(True)`. `plain` is the function itself.
 
-    Row i of each result must depend on row i of the inputs alone; inputs with one axis are the same for all rows.
+    Row i of each result must depend on row i of the inputs alone; inputs with one axis are the same for all rows, results with
+    one axis are sums over them.
     """
 
     def __init__(self, plain: Callable[..., Any]):
@@ -73,9 +74,14 @@ class Kernel:
             rows = slice(start, start + step)
             parts: Any = self.plain(*(each[rows] if isinstance(each, torch.Tensor) and each.ndim > 1 else each for each in args))
             parts = parts if isinstance(parts, tuple) else (parts,)
-            outputs = outputs or [part.new_empty((len(first), *part.shape[1:])) for part in parts]
+            outputs = outputs or [
+                part.new_empty((len(first), *part.shape[1:])) if part.ndim > 1 else torch.zeros_like(part) for part in parts
+            ]
             for output, part in zip(outputs, parts, strict=True):
-                output[rows] = part
+                if part.ndim > 1:
+                    output[rows] = part
+                else:
+                    output += part
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     @cached_property

@@ -61,8 +61,9 @@ class _LabelledCrossEntropy(Function):
         has_pair = lora_A is not None and lora_B is not None
         A_RI = lora_A.to(products) if has_pair else None  # type: ignore[union-attr]
         B_VR = torch.mul(lora_B, scaling).to(products) if has_pair else None  # type: ignore[arg-type]
-        d_A = torch.zeros_like(lora_A, dtype=wide) if wanted and has_pair else None  # type: ignore[arg-type]
-        d_B = torch.zeros_like(lora_B, dtype=wide) if wanted and has_pair else None  # type: ignore[arg-type]
+        learns_A, learns_B = (wanted and has_pair and learns for learns in ctx.needs_input_grad[-2:])
+        d_A = torch.zeros_like(lora_A, dtype=wide) if learns_A else None  # type: ignore[arg-type]
+        d_B = torch.zeros_like(lora_B, dtype=wide) if learns_B else None  # type: ignore[arg-type]
         chunk = max(1, min(len(hidden), CHUNK_BYTES // (4 * weight.shape[0])))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -83,15 +84,19 @@ class _LabelledCrossEntropy(Function):
             if d_hidden is None:
                 continue
             d_z = z.div_(sums).scatter_add_(1, target, z.new_full((), -1.0).expand_as(target)).to(products)
-            d_x = torch.zeros_like(x)
+            is_wide_enough = d_hidden.dtype == products
+            d_x = d_hidden[rows] if is_wide_enough else torch.empty_like(x)
             for entries, weight_VI in row_slices(weight, products):
-                d_x.addmm_(d_z[:, entries], weight_VI)
-            if d_A is not None and d_B is not None:
-                d_h = d_z @ B_VR  # type: ignore[operator]
-                d_x.addmm_(d_h, A_RI)  # type: ignore[arg-type]
-                d_A += d_h.T @ x
-                d_B += d_z.T @ h
-            d_hidden[rows] = d_x
+                torch.addmm(d_x, d_z[:, entries], weight_VI, beta=int(entries.start > 0), out=d_x)
+            if A_RI is not None and B_VR is not None:
+                d_h = d_z @ B_VR
+                d_x.addmm_(d_h, A_RI)
+                if d_A is not None:
+                    d_A += d_h.T @ x
+                if d_B is not None:
+                    d_B += d_z.T @ h
+            if not is_wide_enough:
+                d_hidden[rows] = d_x
         ctx.save_for_backward(
             d_hidden,
             None if d_A is None else d_A.to(lora_A.dtype),  # type: ignore[union-attr]

@@ -2,13 +2,13 @@
 
     y = (m/n) (z - b) + b        z = x (W + scaling * B A)^T + b, from `adapted_projections`
 
-Saved for the backward pass: z. What is wider than z, as the magnitude of a 16-bit model is, is formed a block of rows at a time.
+Saved for the backward pass: z. What is wider than z, as the magnitude of a 16-bit model is, is formed a block of rows at a time
+or inside a compiled loop.
 
 Shape letters: N tokens, O out_features.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.core.dora import dora_scale
-
-BLOCK_BYTES = 2**18
-"""Of a block of rows in float32: a few of them stay in a core's cache."""
+from luthier.ops.compiler import Kernel
 
 
 def rescaled_plain(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,36 +35,31 @@ def rescaled(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = N
     return y
 
 
+@Kernel
+def _rescale(z: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return torch.addcmul(offset, z.to(scale.dtype), scale).to(z.dtype)
+
+
+@Kernel
+def _rescale_back(dy: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return dz and the gradient of the scale."""
+    wide = dy.to(scale.dtype)
+    own = z.to(scale.dtype) if bias is None else z - bias.to(scale.dtype)
+    return (wide * scale).to(z.dtype), (wide * own).sum(dim=0)
+
+
 class _Rescaled(Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, magnitude, norm, bias)
         scale = dora_scale(magnitude, norm)
         offset = torch.zeros_like(scale) if bias is None else (1 - scale) * bias
-        if z.dtype == scale.dtype:
-            return torch.addcmul(offset, z, scale)
-        y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        for z_NO, y_NO in _blocks(z, y):
-            y_NO.copy_(torch.addcmul(offset, z_NO.to(scale.dtype), scale))
-        return y
+        return cast(Tensor, _rescale(z.reshape(-1, z.shape[-1]), scale, offset)).view(z.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, magnitude, norm, bias = ctx.saved_tensors
-        scale = dora_scale(magnitude, norm)
-        d_scale = torch.zeros_like(scale)
-        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        for z_NO, dy_NO, dz_NO in _blocks(z, dy, dz):
-            dy_NO = dy_NO.to(scale.dtype)
-            dz_NO.copy_(dy_NO * scale)
-            u_NO = z_NO.to(scale.dtype) if bias is None else z_NO - bias.to(scale.dtype)
-            d_scale += (dy_NO * u_NO).sum(dim=0)
-        return dz, dora_scale(d_scale, norm).to(magnitude.dtype), None, None
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the same rows of tensors (..., O) as (N, O), a block at a time."""
-    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    step = max(1, BLOCK_BYTES // (4 * max(1, rows[0].shape[1])))
-    yield from zip(*(tensor.split(step) for tensor in rows), strict=True)
+        rows = (each.reshape(-1, z.shape[-1]) for each in (dy, z))
+        dz_NO, d_scale = _rescale_back(*rows, dora_scale(magnitude, norm), bias)
+        return dz_NO.view(z.shape), dora_scale(d_scale, norm).to(magnitude.dtype), None, None

@@ -77,6 +77,11 @@ class Origin:
     tensors: tuple[Tensor, ...]
     again: Callable[..., Tensor]
 
+    @property
+    def is_kept_anyway(self) -> bool:
+        """Whether something else keeps the tensors, so that they cost nothing."""
+        return self.again is not _itself
+
 
 def origin_of(x: Tensor) -> Origin:
     """Return what to keep of `x`: for a norm's output what the norm keeps anyway, else `x` itself.

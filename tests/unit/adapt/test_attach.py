@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from luthier.adapt import activate, adapter_parameters, attach, base_parameters, plan, roster_of
 from luthier.core.config import LoraConfig
@@ -39,6 +40,39 @@ def test_fresh_adapter_changes_nothing(model: nn.Module, ids: Tensor, dtype: tor
         attach(model, LoraConfig(r=3, lora_alpha=7, target_modules=everything(model)))
         after = model(ids).logits
     assert torch.equal(after, before)
+
+
+def _channels_first(rows: int) -> Tensor:
+    return torch.randn(rows, 3, 5, 4)
+
+
+def _vectors(rows: int) -> Tensor:
+    return torch.randn(rows, 48)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "Linear": (lambda: nn.Linear(48, 40), _vectors),
+    "Linear without bias": (lambda: nn.Linear(48, 40, bias=False), _vectors),
+    "Conv1D": (lambda: Conv1D(40, 48), _vectors),
+    "Conv1D, small": (lambda: Conv1D(7, 48), _vectors),
+    "Embedding": (lambda: nn.Embedding(30, 40), lambda rows: torch.randint(0, 30, (rows,))),
+    "Conv2d": (lambda: nn.Conv2d(3, 6, 3, padding=1), _channels_first),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_fresh_adapter_changes_no_bit_whatever_the_number_of_rows(kind: str, dtype: torch.dtype, training: bool) -> None:
+    """The fast path adds B A into the weight from some number of rows on, and the product must stay the base's even then."""
+    make_layer, make_rows = LAYERS[kind]
+    holder = nn.ModuleDict({"layer": make_layer()}).to(dtype).train(training)
+    inputs = [make_rows(rows) for rows in (*range(1, 70), 128, 300)]
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    before = [holder["layer"](x) for x in inputs]
+    attach(holder, LoraConfig(r=4, target_modules=["layer"]))
+    changed = [len(x) for x, y in zip(inputs, before, strict=True) if not torch.equal(holder["layer"](x), y)]
+    assert changed == []
 
 
 def test_base_names_classes_and_topology_stay(model: nn.Module) -> None:

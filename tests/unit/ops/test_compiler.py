@@ -9,6 +9,7 @@ from torch import Tensor
 
 from luthier.ops import compiler
 from luthier.ops.compiler import Kernel, has_compiler, use_compiler
+from luthier.ops.dora import _rescale, _rescale_back
 from luthier.ops.elementwise import (
     _rms_norm_again,
     _rms_norm_backward,
@@ -48,10 +49,30 @@ def inputs_for(name: str, tokens: int) -> tuple[object, ...]:
         }[name]
     if name.startswith("_rotate"):
         return torch.randn(tokens, 3, 16), torch.randn(tokens, 16), torch.randn(tokens, 16)
+    if name.startswith("_rescale"):
+        rows = tuple(torch.randn(tokens, 40) for _ in range(2 if name == "_rescale_back" else 1))
+        return *rows, torch.rand(40) + 0.5, torch.randn(40)
     return tuple(torch.randn(1, tokens, 40) for _ in range(2 if name == "gate" else 3))
 
 
-KERNELS = [_rms_norm_forward, _rms_norm_again, _rms_norm_backward, _rotate, _rotate_back, gate, gate_backward]
+def assert_alike(found: Tensor | tuple[Tensor, ...], wanted: Tensor | tuple[Tensor, ...]) -> None:
+    pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
+    for each, want in pairs:
+        # A sum over rows depends on their order a little more than a row does.
+        torch.testing.assert_close(each, want, rtol=1e-6, atol=1e-6 if want.ndim > 1 else 1e-5)
+
+
+KERNELS = [
+    _rms_norm_forward,
+    _rms_norm_again,
+    _rms_norm_backward,
+    _rotate,
+    _rotate_back,
+    gate,
+    gate_backward,
+    _rescale,
+    _rescale_back,
+]
 
 
 def test_a_kernel_is_its_function_until_it_is_asked_to_be_more() -> None:
@@ -78,9 +99,20 @@ def test_block_by_block_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch
     for rows in (1, 5, 47, 48, 1000):
         monkeypatch.setattr(compiler, "BLOCK_BYTES", rows * arguments[0][0].nbytes)
         found = kernel(*arguments)
-        pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
-        for each, want in pairs:  # not bit by bit: the last few of a block are not computed in vectors
-            torch.testing.assert_close(each, want, rtol=1e-6, atol=1e-6)
+        assert_alike(found, wanted)  # not bit by bit: the last few of a block are not computed in vectors
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_a_result_with_one_axis_is_the_sum_over_all_blocks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    @Kernel
+    def doubled_and_summed(x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x, x.sum(dim=0)
+
+    x = torch.arange(35.0).view(7, 5)
+    monkeypatch.setattr(compiler, "BLOCK_BYTES", rows * x[0].nbytes)
+    doubled, summed = doubled_and_summed(x)
+    assert torch.equal(doubled, 2 * x)
+    assert summed.tolist() == [105.0, 112.0, 119.0, 126.0, 133.0]
 
 
 def test_blocks_are_written_where_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +186,7 @@ def test_compiled_kernels_give_the_same_numbers_and_are_made_once(monkeypatch: p
         arguments = inputs_for(kernel.__name__, tokens)
         with torch.no_grad():
             found, wanted = kernel(*arguments), kernel.plain(*arguments)
-        pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
-        for each, want in pairs:
-            torch.testing.assert_close(each, want, rtol=1e-6, atol=1e-6)
+        assert_alike(found, wanted)
 
     def whole(tokens: int) -> list[Tensor]:
         """Both directions through the functions that use the kernels."""

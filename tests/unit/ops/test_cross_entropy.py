@@ -168,6 +168,23 @@ def test_a_frozen_pair_gets_no_gradient_and_hidden_still_does() -> None:
     assert all(factor.grad is None for factor in factors_of(projection))
 
 
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+def test_with_one_factor_frozen_the_other_learns_as_before(chunks_of: Callable, which: str) -> None:
+    chunks_of(4, 19)
+    projection = make_head(r=3, bias=True)
+    hidden, targets = make_rows(9, projection)
+    _, d_hidden, *d_factors = dense(hidden, targets, projection)
+    wanted = dict(zip(("lora_A", "lora_B"), d_factors, strict=True))
+    getattr(projection, which).requires_grad_(False)
+    labelled_cross_entropy(hidden, targets, projection).backward()
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-11, atol=1e-12)
+    for name, want in wanted.items():
+        if name == which:
+            assert getattr(projection, name).grad is None
+        else:
+            torch.testing.assert_close(getattr(projection, name).grad, want, rtol=1e-11, atol=1e-12)
+
+
 def test_large_logits_do_not_overflow() -> None:
     projection = make_head(dtype=torch.float32)
     hidden, targets = make_rows(9, projection)

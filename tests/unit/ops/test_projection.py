@@ -1,42 +1,36 @@
-"""Adapted projections and the gated one, against dense float64 algebra and their plain twins; what they keep for the way back."""
+"""Adapted projections against dense float64 algebra and their plain twins; what they keep for the way back."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.unit.ops.projections import (
+    WIDTH,
+    Spec,
+    assert_all_close,
+    dense,
+    each_products,
+    factors_of,
+    inputs_of,
+    make,
+    norm_of_error,
+    run,
+    saved_bytes,
+    saved_tensors,
+    upstreams_for,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.adapt import activate, attach, merge
 from luthier.core.config import LoraConfig
 from luthier.layers.linear import LoraLinear
-from luthier.ops.gated import gated_projection, gated_projection_plain
 from luthier.ops.projection import Projection, adapted_projections, adapted_projections_plain, merging_is_cheaper
 
-WIDTH = 13
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 DTYPES = [torch.float32, torch.float64]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """Products this small spend their time waiting for a second thread."""
-    torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One projection to make; r = 0 is one without a pair."""
-
-    out: int
-    r: int = 0
-    scaling: float = 1.0
-    bias: bool = False
-    dropout: float = 0.0
-
-
 SHARED = {
     "one": [Spec(7, r=3, scaling=2.0, bias=True)],
     "q, k, v": [Spec(11, r=4, scaling=0.5), Spec(5, r=4, scaling=0.5), Spec(5, r=4, scaling=0.5)],
@@ -50,86 +44,6 @@ DROPPED = {
 }
 each_shared = pytest.mark.parametrize("specs", SHARED.values(), ids=SHARED.keys())
 each_dropped = pytest.mark.parametrize("specs", DROPPED.values(), ids=DROPPED.keys())
-
-
-def make(
-    specs: Sequence[Spec], *, dtype: torch.dtype = torch.float64, master: torch.dtype | None = None, width: int = WIDTH
-) -> list[Projection]:
-    """Return projections with random numbers everywhere; the pairs are leaves in `master` (or `dtype`)."""
-    master = master or dtype
-    return [
-        Projection(
-            (torch.randn(spec.out, width) / width**0.5).to(dtype),
-            torch.randn(spec.out).to(dtype) if spec.bias else None,
-            (torch.randn(spec.r, width) / width**0.5).to(master).requires_grad_() if spec.r else None,
-            (torch.randn(spec.out, spec.r) / max(1, spec.r) ** 0.5).to(master).requires_grad_() if spec.r else None,
-            spec.scaling,
-            spec.dropout,
-        )
-        for spec in specs
-    ]
-
-
-def factors_of(projections: Sequence[Projection]) -> list[Tensor]:
-    return [factor for each in projections for factor in (each.lora_A, each.lora_B) if factor is not None]
-
-
-def dense(x: Tensor, projections: Sequence[Projection], upstreams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the outputs x (W + s B A)^T + b in float64, and the gradients of x and of every factor."""
-    x = x.detach().double().requires_grad_()
-    leaves, outputs = [x], []
-    for each in projections:
-        weight = each.weight.double()
-        if each.lora_A is not None and each.lora_B is not None:
-            lora_A, lora_B = (factor.detach().double().requires_grad_() for factor in (each.lora_A, each.lora_B))
-            leaves += [lora_A, lora_B]
-            weight = weight + each.scaling * lora_B @ lora_A
-        outputs.append(x @ weight.T + (0 if each.bias is None else each.bias.double()))
-    total = sum((y * dy.double()).sum() for y, dy in zip(outputs, upstreams, strict=True))
-    return [y.detach() for y in outputs], list(torch.autograd.grad(total, leaves))
-
-
-def run(
-    function: Callable, x: Tensor, projections: Sequence[Projection], upstreams: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    outputs = function(x, projections)
-    gradients = torch.autograd.grad(outputs, [x, *factors_of(projections)], list(upstreams))
-    return [y.detach() for y in outputs], list(gradients)
-
-
-def upstreams_for(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    return [torch.randn(*x.shape[:-1], len(each.weight)).to(x.dtype) for each in projections]
-
-
-def assert_all_close(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = 1e-12) -> None:
-    assert len(found) == len(wanted)
-    for index, (each, want) in enumerate(zip(found, wanted, strict=True)):
-        torch.testing.assert_close(
-            each.double(), want.double(), rtol=tolerance, atol=tolerance, msg=lambda text, at=index: f"number {at}: {text}"
-        )
-
-
-def saved_tensors(function: Callable[[], object]) -> list[Tensor]:
-    """Return what is kept for the backward pass, each piece of memory once."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return list(kept.values())
-
-
-def saved_bytes(function: Callable[[], object], without: Sequence[Tensor | None]) -> int:
-    known = {tensor.untyped_storage().data_ptr() for tensor in without if tensor is not None}
-    saved = [tensor.untyped_storage() for tensor in saved_tensors(function)]
-    return sum(storage.nbytes() for storage in saved if storage.data_ptr() not in known)
-
-
-def inputs_of(projections: Sequence[Projection]) -> list[Tensor | None]:
-    return [tensor for each in projections for tensor in (each.weight, each.bias, each.lora_A, each.lora_B)]
 
 
 # --- the equation ----------------------------------------------------------------------------------------------
@@ -366,13 +280,6 @@ def test_merging_is_never_done_in_16_bits(dtype: torch.dtype) -> None:
 # --- 16 bits --------------------------------------------------------------------------------------------------------
 
 
-def norm_of_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
-    return [float((each.detach().double() - want).norm()) for each, want in zip(found, wanted, strict=True)]
-
-
-each_products = pytest.mark.parametrize("products", [None, torch.float32], ids=["own products", "float32 products"])
-
-
 @pytest.mark.parametrize("tokens", [5, 200])
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
 @each_products
@@ -486,86 +393,3 @@ def test_a_linear_layer_with_a_forward_of_its_own_needs_the_plain_path() -> None
     x = torch.randn(2, WIDTH)
     assert holder["layer"].projection(x) is None
     torch.testing.assert_close(holder["layer"](x), 2 * F.linear(x, holder["layer"].weight, holder["layer"].bias))
-
-
-# --- the second half of a gated MLP -------------------------------------------------------------------------------------
-
-GATED = {
-    "pair": Spec(7, r=3, scaling=2.0),
-    "pair and bias": Spec(7, r=2, scaling=-0.5, bias=True),
-    "no pair": Spec(7, bias=True),
-}
-each_gated = pytest.mark.parametrize("spec", GATED.values(), ids=GATED.keys())
-
-
-def gated_dense(gates: Tensor, up: Tensor, projection: Projection, upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
-    gates, up = gates.detach().double().requires_grad_(), up.detach().double().requires_grad_()
-    leaves, weight = [gates, up], projection.weight.double()
-    if projection.lora_A is not None and projection.lora_B is not None:
-        lora_A, lora_B = (factor.detach().double().requires_grad_() for factor in (projection.lora_A, projection.lora_B))
-        leaves += [lora_A, lora_B]
-        weight = weight + projection.scaling * lora_B @ lora_A
-    y = (gates / (1 + torch.exp(-gates)) * up) @ weight.T + (0 if projection.bias is None else projection.bias.double())
-    return y.detach(), list(torch.autograd.grad(y, leaves, upstream.double()))
-
-
-@each_gated
-@pytest.mark.parametrize("leading", [(1,), (3,), (40,), (2, 30), (0,)], ids=str)
-def test_gated_outputs_and_gradients_are_the_dense_ones(spec: Spec, leading: tuple[int, ...]) -> None:
-    (projection,) = make([spec])
-    gates, up = (torch.randn(*leading, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    upstream = torch.randn(*leading, 7, dtype=torch.float64)
-    want, want_gradients = gated_dense(gates, up, projection, upstream)
-    for function in (gated_projection, gated_projection_plain):
-        y = function(gates, up, projection)
-        assert_all_close([y], [want])
-        gradients = torch.autograd.grad(y, [gates, up, *factors_of([projection])], upstream)
-        assert_all_close(gradients, want_gradients, 1e-11)
-
-
-@each_gated
-@pytest.mark.parametrize("tokens", [3, 20])
-def test_gated_gradcheck(spec: Spec, tokens: int) -> None:
-    (projection,) = make([spec])
-    gates, up = (torch.randn(tokens, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
-
-    def output(gates: Tensor, up: Tensor, *_: Tensor) -> Tensor:
-        return gated_projection(gates, up, projection)
-
-    assert torch.autograd.gradcheck(output, (gates, up, *factors_of([projection])), fast_mode=True)
-
-
-def test_gated_dropout_drops_what_the_plain_expression_drops() -> None:
-    (projection,) = make([Spec(7, r=3, scaling=2.0, bias=True, dropout=0.3)])
-    gates, up = (torch.randn(2, 9, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    upstream, results = torch.randn(2, 9, 7, dtype=torch.float64), []
-    for function in (gated_projection, gated_projection_plain):
-        torch.manual_seed(4)
-        y = function(gates, up, projection)
-        results.append([y, *torch.autograd.grad(y, [gates, up, *factors_of([projection])], upstream)])
-    assert_all_close(*results, 1e-11)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gated_keeps_gates_and_up_only(dropout: float) -> None:
-    (projection,) = make([Spec(7, r=3, dropout=dropout)], dtype=torch.float32)
-    gates, up = (torch.randn(5, WIDTH, requires_grad=True) for _ in range(2))
-    extra = saved_bytes(lambda: gated_projection(gates, up, projection), [gates, up, *inputs_of([projection])])
-    assert extra <= 4 * 5 * 3 + (gates.numel() if dropout else 0)
-
-
-@each_products
-@each_gated
-def test_gated_bfloat16_is_as_exact_as_the_plain_expression(spec: Spec, products: torch.dtype | None) -> None:
-    (projection,) = make([Spec(56, spec.r, spec.scaling, spec.bias)], dtype=torch.bfloat16, master=torch.float32, width=96)
-    gates, up = (torch.randn(200, 96).bfloat16().requires_grad_() for _ in range(2))
-    upstream = torch.randn(200, 56).bfloat16()
-    want, want_gradients = gated_dense(gates, up, projection, upstream)
-    errors = []
-    for function in (partial(gated_projection, products=products), gated_projection_plain):
-        y = function(gates, up, projection)
-        gradients = torch.autograd.grad(y, [gates, up, *factors_of([projection])], upstream)
-        assert [each.dtype for each in gradients] == [torch.bfloat16] * 2 + [torch.float32] * (2 * bool(spec.r))
-        errors.append(norm_of_error([y, *gradients], [want, *want_gradients]))
-    for error, plain_error in zip(*errors, strict=True):
-        assert error <= 1.5 * plain_error
