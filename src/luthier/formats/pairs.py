@@ -71,7 +71,7 @@ class StoredPair:
 
 
 def stored_pairs(folder: AdapterFolder) -> list[StoredPair]:
-    """Return every pair of an adapter folder, in the order of the file.
+    """Return every pair of an adapter folder by its path, layer 10 after layer 2.
 
     Raises: AdapterFormatError naming every lora_A without its lora_B, the other way round, and every two that share no rank.
     """
@@ -90,7 +90,7 @@ def stored_pairs(folder: AdapterFolder) -> list[StoredPair]:
         raise AdapterFormatError(
             f"{folder.path}: {len(faults)} pairs are damaged:\n" + "\n".join(f"  {it}" for it in faults[:20])
         )
-    return pairs
+    return sorted(pairs, key=lambda pair: [(len(part), part) if part.isdigit() else (0, part) for part in pair.path.split(".")])
 
 
 def canonical_tensors(folder: AdapterFolder) -> dict[str, Tensor]:

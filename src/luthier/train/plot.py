@@ -1,25 +1,20 @@
 """The loss curve as a picture."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.core.atomic import write_atomic
-from luthier.core.errors import MissingExtraError
+from luthier.core.figures import as_png, make_figure
 
 SMOOTHING = 0.9
 
 
 def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw training loss (each step, and smoothed) and held-out loss over steps into a PNG. Raises: MissingExtraError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plots", "drawing the loss curve") from None
     trained = [(record["step"], record["loss"]) for record in records if "loss" in record]
     held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = make_figure("drawing the loss curve", figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     if trained:
         axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
@@ -34,9 +29,7 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set(xlabel="optimiser step", ylabel="loss per answer token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomic(path, picture.getvalue())
+    write_atomic(path, as_png(figure))
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
