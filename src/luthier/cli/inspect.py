@@ -76,7 +76,7 @@ def inspect(
         _print_table(console, similarity_table(similarity.layers))
         if alone := [*similarity.only_first, *similarity.only_second]:
             console.print(f"{len(alone)} layers have a pair in one of the two only, such as {alone[0]}")
-    for written in (plot, html):
+    for written in (plot if pictures else None, html):
         if written:
             console.print(f"written: {written}")
 

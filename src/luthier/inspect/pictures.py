@@ -43,6 +43,7 @@ def spectra_figure(layers: Sequence[LayerSpectrum]) -> Any:
         if floors:
             axes.axhline(float(np.median(floors)), color="black", linestyle="--", linewidth=1)
         axes.set_title(f"{kind} ({len(found)})", parse_math=False, fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yscale("log")
         axes.set_ylim(bottom=lowest / 2)
         axes.grid(alpha=0.3)
@@ -82,19 +83,21 @@ def norms_figure(layers: Sequence[LayerSpectrum]) -> Any:
 
 
 def similarity_figure(layers: Sequence[LayerSimilarity]) -> Any:
-    """phi(i, j) as squares, for each kind of module the mean over blocks: left the output's directions, right the input's."""
+    """phi(i, j) as squares, for each kind of module the mean over blocks: the output's directions above, the input's below."""
     kinds = {kind: [layer for layer in found if layer.left] for kind, found in _by_module(layers).items()}
     kinds = {kind: found for kind, found in kinds.items() if found}
-    figure = make_figure(PURPOSE, figsize=(6.5, 2.8 * len(kinds)), layout="constrained")
-    rows = figure.subplots(len(kinds), 2, squeeze=False)
-    for pair, (kind, found) in zip(rows, kinds.items(), strict=True):
-        for axes, side in zip(pair, ("left", "right"), strict=True):
-            image = axes.imshow(
-                mean_grid([getattr(layer, side) for layer in found]), vmin=0, vmax=1, cmap="viridis", origin="lower"
-            )
-            axes.set_title(f"{kind}: {'output' if side == 'left' else 'input'} directions", parse_math=False, fontsize=9)
-            axes.set(xlabel="j, of the second", ylabel="i, of the first")
-            figure.colorbar(image, ax=axes, label="phi(i, j)")
+    figure = make_figure(PURPOSE, figsize=(1.9 * len(kinds) + 1.2, 4.6), layout="constrained")
+    panels = figure.subplots(2, len(kinds), squeeze=False)
+    for column, (kind, found) in enumerate(kinds.items()):
+        for axes, side in zip(panels[:, column], ("left", "right"), strict=True):
+            grid = mean_grid([getattr(layer, side) for layer in found])
+            ends = (0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5)  # directions are counted from 1
+            image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=ends, aspect="auto")
+            axes.locator_params(integer=True)
+            axes.set_title(f"{kind}, {'output' if side == 'left' else 'input'}", parse_math=False, fontsize=9)
+    figure.supxlabel("j, directions of the second")
+    figure.supylabel("i, directions of the first")
+    figure.colorbar(image, ax=list(panels.flat), label="phi(i, j)")
     return figure
 
 
