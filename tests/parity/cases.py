@@ -124,6 +124,16 @@ CASES = [
     Case("tied-linear", "llama-tied", {"r": 3, "target_modules": QV}),
     Case("tied-embedding", "llama-tied", {"r": 3, "target_modules": ["embed_tokens"]}, tie=True),
     Case("tied-head", "llama-tied", {"r": 3, "target_modules": ["lm_head"]}, tie=True),
+    Case(
+        "tied-saved-together",
+        "llama-tied",
+        {"r": 3, "target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+    Case(
+        "tied-saved-by-one-name",
+        "llama-tied",
+        {"r": 3, "target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     Case("plain", "plain", {"r": 3, "lora_alpha": 7, "target_modules": ["table", "first", "second"]}),
     Case("plain-bias", "plain", {"r": 3, "target_modules": ["second"], "bias": "all", "modules_to_save": ["norm"]}),
     Case("convolution-1d", "convolutions", {"r": 3, "lora_alpha": 7, "target_modules": ["line"]}),
@@ -152,6 +162,7 @@ CASES = [
     ),
     Case("dora-conv1d", "gpt2", {"r": 5, "lora_alpha": 9, "use_dora": True, "target_modules": ["c_attn", "c_proj"]}),
     Case("dora-embedding", "llama", {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    Case("dora-convolutions", "convolutions", {"r": 3, "use_dora": True, "target_modules": ["line", "plane", "volume"]}),
     Case("dora-random", "llama", {"r": 6, "use_dora": True, "target_modules": QV, "init_lora_weights": False}),
     Case("dora-bias", "llama-bias", {"r": 2, "use_dora": True, "target_modules": QV, "bias": "lora_only"}),
 ]

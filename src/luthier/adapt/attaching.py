@@ -105,6 +105,10 @@ def _made(planned: AttachPlan, modules: dict[str, nn.Module], make_pair: PairMak
     """Return the pairs and the replacements (by path) of a plan."""
     pairs = {layer: _pair(planned, layer, modules[layer.path], make_pair) for layer in planned.layers}
     replacements = {path: whole_copy(modules[path]) for path in planned.saved}
+    for (first, key), *others in planned.ties:
+        for path, other_key in others:
+            holder, _, leaf = other_key.rpartition(".")
+            replacements[path].get_submodule(holder)._parameters[leaf] = replacements[first].get_parameter(key)
     replacements |= {path: bias_copy(modules[path]) for path in planned.biases}
     for table in planned.tables:
         weight = cast(Tensor, modules[table.path].weight).detach()
@@ -157,7 +161,7 @@ def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair
         pair = LoraPair(lora_A, lora_B, layer.scaling, dropout, bias, start=start, lora_bias=lora_bias)
     if layer.has_magnitude:
         weight = cast(Tensor, module.weight)
-        pair.begin_magnitude(weight if layer.kind.word == "linear" else weight.T)
+        pair.begin_magnitude(weight.T if layer.kind.word in ("conv1d", "embedding") else weight)
     return pair.train(module.training)
 
 

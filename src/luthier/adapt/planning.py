@@ -86,6 +86,8 @@ class AttachPlan:
     num_base_parameters: int
     warnings: tuple[str, ...] = field(default=())
     tables: tuple[PlannedTable, ...] = field(default=())
+    ties: tuple[tuple[tuple[str, str], ...], ...] = field(default=())
+    """Groups of (path in `saved`, parameter name) that are trained as one; `saved` counts such a parameter once."""
 
     @property
     def num_parameters(self) -> int:
@@ -122,7 +124,13 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
     modules = base_modules(model)
     given, config = config, resolve_all_linear(model, modules, config)
     saved = {path: _count(module) for path, module in modules.items() if path and is_saved_whole(config, path)}
+    if config.ensure_weight_tying:
+        saved |= _sharing(model, modules, saved)
     faults = _saved_faults(modules, saved)
+    ties = _tied_copies(modules, saved) if config.ensure_weight_tying else ()
+    for (first, key), *others in ties:
+        for path in {path for path, _ in others} - {first}:
+            saved[path] -= modules[first].get_parameter(key).numel()
     layers = []
     for path, module in modules.items():
         if not path or not is_target(config, path):
@@ -159,13 +167,15 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             if reason := why_hidden(module, modules[path.rpartition(".")[0]]):
                 faults.append(f"bias='all' trains the bias of {path}: {reason}")
             biases[path] = bias.numel()
+    if config.ensure_weight_tying and not ties:
+        faults.append("ensure_weight_tying has no effect: no module of modules_to_save shares a weight with another")
     tables = _planned_tables(model, modules, config)
     held = {*saved, *biases, *(layer.path for layer in layers)}
     faults += _table_faults(modules, tables, held)
     if faults:
         raise TargetError(_listed(f"the configuration does not fit this {_class_name(model)} ({len(faults)} faults)", faults))
     warnings = _warnings(model, modules, given, config, layers, saved)
-    return AttachPlan(config, tuple(layers), saved, biases, _count(model), warnings, tuple(tables))
+    return AttachPlan(config, tuple(layers), saved, biases, _count(model), warnings, tuple(tables), ties)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -193,7 +203,7 @@ def resolve_all_linear(model: nn.Module, modules: dict[str, nn.Module], config: 
     ]
     if not linear:
         raise TargetError(f"target_modules='{ALL_LINEAR}' found no linear layer that can be adapted in this {_class_name(model)}")
-    return config.changed(target_modules=_shortest_names(linear, admitted))
+    return config.changed(target_modules=shortest_names(linear, admitted))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -202,7 +212,7 @@ def is_linear(module: nn.Module) -> bool:
     return kind is not None and kind.word in ("linear", "conv1d")
 
 
-def _shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
+def shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """Return the fewest last parts that match exactly `paths`, so that files list `q_proj` and not 210 paths."""
     wanted = set(paths)
     names = sorted({path.rsplit(".", 1)[-1] for path in paths})
@@ -326,6 +336,23 @@ def _table_faults(modules: dict[str, nn.Module], tables: list[PlannedTable], hel
             yield f"{what}: the list of tokens is empty or names one twice"
 
 
+def _tied_copies(modules: dict[str, nn.Module], saved: dict[str, int]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Return the groups of (path in `saved`, parameter name in it) that are one parameter of several of these modules."""
+    places: dict[int, list[tuple[str, str]]] = {}
+    for path in saved:
+        own = {id(parameter) for parameter in own_parameters(modules[path])}
+        for key, parameter in modules[path].named_parameters(remove_duplicate=False):
+            if id(parameter) in own:
+                places.setdefault(id(parameter), []).append((path, key))
+    return tuple(tuple(group) for group in places.values() if len({path for path, _ in group}) > 1)
+
+
+def _sharing(model: nn.Module, modules: dict[str, nn.Module], saved: dict[str, int]) -> dict[str, int]:
+    """Return the modules beside `saved` that hold a weight of one of those, as PEFT adds them."""
+    shared = [paths for paths in _tied_modules(model).values() if any(_holder(path, saved) for path in paths)]
+    return {path: _count(modules[path]) for paths in shared for path in paths if not _holder(path, saved)}
+
+
 def _holder(path: str, saved: dict[str, int]) -> str | None:
     """Return the module of `saved` that `path` is or lies in."""
     return next((whole for whole in saved if f"{path}.".startswith(f"{whole}.")), None)
@@ -342,7 +369,7 @@ def _warnings(
     found = [*_without_effect(modules, config, layers), *_left_out(modules, given)]
     for paths in _tied_modules(model).values():
         touched = [path for path in paths if path in saved or any(layer.path == path for layer in layers)]
-        if touched and len(paths) > 1:
+        if touched and len(paths) > 1 and not config.ensure_weight_tying:
             others = [path for path in paths if path not in touched]
             found.append(
                 f"{' and '.join(paths)} share one weight; the adapter changes {' and '.join(touched)}"

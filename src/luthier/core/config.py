@@ -51,6 +51,9 @@ class LoraConfig(Settings):
         None, description="tokens whose rows of the input embeddings are trained, or module name -> such tokens"
     )
     use_dora: bool = Field(False, description="train a magnitude for each output too (DoRA, arXiv:2402.09353)")
+    ensure_weight_tying: bool = Field(
+        False, description="modules of modules_to_save that share a weight in the base (a tied head) share the trained one too"
+    )
 
     @field_validator("init_lora_weights")
     @classmethod

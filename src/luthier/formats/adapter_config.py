@@ -23,7 +23,6 @@ _UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
@@ -48,7 +47,9 @@ _INFORMATIONAL: dict[str, Any] = {
 }
 _IGNORED = {*_INFORMATIONAL, "runtime_config", "enable_lora"}
 # Inits that only say how the numbers began; the file holds the numbers.
-_SPENT_INITS = ("orthogonal", "eva")
+_SPENT_INITS = ("orthogonal", "eva", "mica")
+# Methods that only say how the numbers were trained.
+_SPENT_METHODS = ("monteclora_config", "velora_config")
 
 
 def converted_config(config: LoraConfig) -> LoraConfig:
@@ -106,6 +107,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
         )
     method = PEFT_TYPES[data["peft_type"]]
     used = {key: data[key] for key, unused in _UNUSED.items() if data.get(key) not in (unused, None, False, {}, [])}
+    used = {key: value for key, value in used.items() if key not in _SPENT_METHODS}
     init = data.get("init_lora_weights", True)
     if not isinstance(init, bool) and init != "gaussian" and init not in _SPENT_INITS:  # PEFT's base is another one then
         used["init_lora_weights"] = init

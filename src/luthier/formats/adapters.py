@@ -5,6 +5,7 @@ right shape, or nothing is attached. Swapping is loading in the place of an adap
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,6 +241,10 @@ def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
         for key, shape in expected.items()
         if key in found and tuple(found[key].shape) != shape
     ]
+    for (first, key), *others in planned.ties:
+        kept = found.get(whole_key(first, key))
+        differing = [path for path, other in others if kept is not None and not _equal(kept, found.get(whole_key(path, other)))]
+        faults += [f"{first} and {path} are trained as one (ensure_weight_tying), but differ in the file" for path in differing]
     if faults:
         shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if len(faults) > 20 else [])
         raise AdapterMismatchError(
@@ -247,6 +252,10 @@ def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
             + "\n".join(f"  {fault}" for fault in shown)
         )
     return planned
+
+
+def _equal(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(tensor, other)
 
 
 def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: str) -> LoraConfig:
@@ -271,8 +280,11 @@ def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: s
 def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> bool:
     """Return whether a tensor that no adapter needs says nothing new, so that it may be left out.
 
-    PEFT stores the base's own tables with adapted embeddings, and with bias='all' a second copy of a bias in modules_to_save.
+    PEFT stores the base's own tables with adapted embeddings, with bias='all' a second copy of a bias in modules_to_save, and
+    what VeLoRA and MonteCLoRA need while they train.
     """
+    if re.search(r"\.lora_(velora_embed$|monteclora_sampler\.)", key):
+        return True
     tensor = tensors[key]
     path, _, last = _short(key).rpartition(".")
     if path.endswith(".modules_to_save"):

@@ -53,7 +53,8 @@ def rows_key(path: str) -> str:
 def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
     """Return role -> shape of the tensors of one planned layer."""
     shapes = layer.shapes | ({"bias": (layer.out_features,)} if layer.trains_bias else {})
-    return shapes | ({"magnitude": (layer.out_features,)} if layer.has_magnitude else {})
+    magnitude = (1, layer.out_features, *(1 for _ in layer.kernel)) if layer.kernel else (layer.out_features,)
+    return shapes | ({"magnitude": magnitude} if layer.has_magnitude else {})
 
 
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -102,7 +102,10 @@ def why_no_magnitude(module: nn.Module) -> str | None:
     """Return why a layer that can carry a pair cannot carry DoRA's, or None."""
     kind = layer_kind(module)
     if kind is None or not kind.mixin.carries_magnitude:
-        return "use_dora is for Linear, Embedding and Conv1D layers"
+        return "use_dora is for Linear, Embedding, Conv1D and Conv1d/2d/3d layers"
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        # PEFT 0.21 takes the norm of a product whose rows belong to several outputs; an adapter of it has no other meaning.
+        return f"it has {module.groups} groups, and PEFT's norm in use_dora is not that of an output then; leave it out"
     if why_not_folded(module):
         return "it has a forward of its own, and use_dora needs the plain product with its weight"
     return None

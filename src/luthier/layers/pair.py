@@ -18,7 +18,8 @@ class LoraPair(nn.Module):
     projection, where the layer is attention. `start` is the (A0, B0) that a pair begins with and whose product is subtracted
     (`luthier.core.inits`); they are not trained.
 
-    For an embedding I is the number of rows of the table. With DoRA there is a `magnitude` (O,) too.
+    For an embedding I is the number of rows of the table. With DoRA there is a `magnitude` (O,) too; on a convolution it is
+    (1, O, 1...), as PEFT keeps it.
     """
 
     magnitude: nn.Parameter | None
@@ -90,7 +91,8 @@ class LoraPair(nn.Module):
 
     def begin_magnitude(self, weight: Tensor) -> None:
         """Make the pair DoRA's, with the magnitude at which the output over the layer's weight (O, I) is as it was."""
-        self.magnitude = nn.Parameter(self.norm(weight).clone())
+        norm = self.norm(weight).clone()
+        self.magnitude = nn.Parameter(norm if weight.ndim == 2 else norm.view(1, -1, *(1 for _ in weight.shape[2:])))
 
     def norm(self, weight: Tensor) -> Tensor:
         """Return DoRA's n (O,) over the layer's weight (O, I)."""
@@ -100,7 +102,7 @@ class LoraPair(nn.Module):
         """Return what the pair adds to the layer's weight (O, I): its delta, or with DoRA (m/n) (W + delta) - W."""
         if self.magnitude is None:
             return self.delta()
-        return dora_delta(weight.detach(), self.delta(), self.magnitude.detach(), self.norm(weight))
+        return dora_delta(weight.detach(), self.delta(), self.magnitude.detach().flatten(), self.norm(weight))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, scaling={self.scaling:g}"

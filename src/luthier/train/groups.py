@@ -46,7 +46,8 @@ def parameter_groups(items: Iterable[AdapterParameter], settings: TrainSettings)
     and other single rows, at B's rate and without decay.
     """
     rate, decay, ratio = settings.learning_rate, settings.weight_decay, settings.loraplus_lr_ratio
-    trained = [item for item in items if item.parameter.requires_grad]
+    # Once each: modules saved whole may share a weight.
+    trained = list({id(item.parameter): item for item in items if item.parameter.requires_grad}.values())
     if ratio is None:
         return [_group(trained, rate, 1.0, decay)]
     embedding_rate = settings.loraplus_lr_embedding or LORAPLUS_LR_EMBEDDING

@@ -86,7 +86,9 @@ class Trainer:
         self.settings = prepared.settings.train
         self.model = prepared.base.model
         self.items = list(adapter_parameters(self.model, ADAPTER))
-        self.parameters = [item.parameter for item in self.items if item.parameter.requires_grad]
+        # Once each: modules saved whole may share a weight.
+        trained = {id(item.parameter): item.parameter for item in self.items if item.parameter.requires_grad}
+        self.parameters = list(trained.values())
         self.started = pairs_with_start(self.model, ADAPTER)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.items, self.settings),

@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Pictures: the loss curve of a run, and pairs of several ranks beside a full fine-tune."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ SMOOTHING = 0.9
 
 def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw training loss (each step, and smoothed) and held-out loss over steps into a PNG. Raises: MissingExtraError."""
+    figure = make_figure("drawing the loss curve", figsize=(7, 4), layout="constrained")
     trained = [(record["step"], record["loss"]) for record in records if "loss" in record]
     held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
-    figure = make_figure("drawing the loss curve", figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     if trained:
         axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
@@ -29,6 +29,29 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set(xlabel="optimiser step", ylabel="loss per answer token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
+    write_atomic(path, as_png(figure))
+
+
+def plot_baseline(pairs: dict[int, dict[str, Any]], full: dict[str, Any], path: Path, title: str) -> None:
+    """Draw held-out loss, and exact match where it was judged, against trained parameters into a PNG.
+
+    `pairs` maps ranks to what came of them: `parameters`, `eval_loss` and `exact_match`; `full` is what came of every weight.
+    Raises: MissingExtraError.
+    """
+    words = {"eval_loss": "held-out loss per answer token (nats)", "exact_match": "exact match"}
+    measures = [key for key in words if all(each[key] is not None for each in (full, *pairs.values()))]
+    figure = make_figure("drawing the comparison", figsize=(4.5 * len(measures), 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        points = [(each["parameters"], each[key]) for each in pairs.values()]
+        axes.plot(*zip(*points, strict=True), marker="o", color="tab:blue", label="pairs")
+        for r, point in zip(pairs, points, strict=True):
+            axes.annotate(f"r={r}", point, textcoords="offset points", xytext=(4, 4))
+        axes.plot([full["parameters"]], [full[key]], marker="s", color="tab:orange", linestyle="", label="every weight")
+        axes.axhline(full[key], color="tab:orange", linewidth=1, linestyle="--")
+        axes.set(xscale="log", xlabel="trained parameters", ylabel=words[key])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title, parse_math=False)
     write_atomic(path, as_png(figure))
 
 

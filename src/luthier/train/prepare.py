@@ -26,6 +26,7 @@ from luthier.formats.adapters import check_base, fingerprint_of, load_adapter
 from luthier.formats.fingerprint import Fingerprint
 from luthier.formats.folder import read_adapter
 from luthier.models.load import LoadedModel, load_model
+from luthier.train.baseline import whole_model
 from luthier.train.eva import start_from_inputs
 from luthier.train.groups import freeze_lora_A
 from luthier.train.schedule import Step, plan_steps
@@ -79,7 +80,7 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     base = load_model(settings.model, dtype=settings.dtype, progress=tell)
     rows = read_and_encode(settings.data, base.tokenizer, settings.train.seed)
     check_rows_fit(rows, base.model)
-    lora = named_base(settings.lora, base)
+    lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)
     if adapter is not None and keeps_start(lora.init_lora_weights):
         # Its folder holds a plain adapter; the factors it is trained by, and began with, come from the checkpoint (`restore`).
         check_base(base.model, read_adapter(adapter))

@@ -125,6 +125,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "tokens": progress.tokens,
         "labelled_tokens": progress.labelled_tokens,
         "tokens_per_s": progress.tokens / step_seconds if step_seconds else 0.0,
+        "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "loss": smoothed(losses)[-1] if losses else None,
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,

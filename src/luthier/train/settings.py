@@ -69,6 +69,7 @@ class TrainSettings(Settings):
         None, gt=0, allow_inf_nan=False, description="LoRA+: peak learning rate of adapted embeddings; default 1e-6"
     )
     freeze_A: bool = Field(False, description="LoRA-FA: lora_A stays as it began, only lora_B is trained")
+    full: bool = Field(False, description="train a copy of every weight instead of pairs: the yardstick of `luthier baseline`")
 
 
 class RunSettings(Settings):
@@ -112,9 +113,19 @@ class RunSettings(Settings):
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
+        if self.train.full and (given := self._given_for_pairs()):
+            raise ValueError(f"train.full trains every weight and makes no pairs, so {', '.join(given)} would have no effect")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":
             raise ValueError("train.freeze_A freezes an A of half the rank with init 'orthogonal'; use another init")
         return self
+
+    def _given_for_pairs(self) -> list[str]:
+        """Return the names of settings that only pairs have, where they are not as they are by default."""
+        usual = RunSettings.model_fields["lora"].get_default(call_default_factory=True)
+        told = {"task_type", "base_model_name_or_path", "revision"}
+        names = [f"lora.{key}" for key in type(self.lora).model_fields if key not in told]
+        given = [name for name in names if getattr(self.lora, name[5:]) != getattr(usual, name[5:], None)]
+        return given + [f"train.{key}" for key in ("freeze_A", "loraplus_lr_ratio") if getattr(self.train, key)]
 
     def digest(self) -> str:
         """Return a sha256 over what decides the numbers; where files lie does not count, since folders may be moved."""

@@ -145,6 +145,20 @@ def test_a_method_that_cannot_be_applied_is_refused(key: str, value: object) -> 
         parsed(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("init_lora_weights", "mica"),
+        ("velora_config", {"num_groups": 2, "init_type": "random", "scale": 1.0}),
+        ("monteclora_config", {"num_samples": 2}),
+    ],
+    ids=str,
+)
+def test_what_counted_in_training_alone_is_left_out(key: str, value: object) -> None:
+    assert parsed(**{key: value}) == parsed()
+    assert json.loads(dump_config(parsed(**{key: value})))[key] in (None, True)
+
+
 def test_all_methods_that_cannot_be_applied_are_named_at_once() -> None:
     with pytest.raises(AdapterFormatError, match=r"use_qalora=True.*init_lora_weights='pissa'"):
         parsed(use_qalora=True, init_lora_weights="pissa")

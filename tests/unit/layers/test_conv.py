@@ -1,5 +1,6 @@
 """Adapted convolutions against one dense float64 convolution with the weight W + scaling * B A, written out over all channels."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -155,6 +156,87 @@ def test_dropout_acts_on_the_image_of_a_and_only_while_training() -> None:
     plain = dense_output(layer, x, layer.weight.detach().double())
     low_rank = dense_output(layer, dropped, delta.detach()) - layer.bias.detach().double().view(-1, 1, 1)
     torch.testing.assert_close(got, plain + low_rank, rtol=1e-4, atol=1e-4)
+
+
+def with_magnitude(axes: int, window: dict[str, Any], **settings: Any) -> tuple[nn.Module, Tensor]:
+    """Return `adapted` with DoRA, and a magnitude that is not the norm."""
+    model, x = adapted(axes, window, use_dora=True, **settings)
+    model["layer"].lora["a"].magnitude.data.abs_().add_(0.5)
+    return model, x
+
+
+def rescaled_weight(layer: nn.Module, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+    """Return (m/n) (W + scaling * B A) in float64, with n, the length of each output's part, held constant."""
+    inner = dense_weight(layer, lora_A, lora_B, 1.5)
+    lengths = inner.detach().square().flatten(1).sum(1).sqrt()
+    return inner * (magnitude.flatten() / lengths).view(-1, *[1] * (inner.ndim - 1))
+
+
+@each_rank
+@pytest.mark.parametrize("window", UNGROUPED.values(), ids=UNGROUPED)
+def test_dora_is_the_dense_convolution_with_rescaled_outputs(axes: int, window: dict[str, Any]) -> None:
+    model, x = with_magnitude(axes, window)
+    layer, pair = model["layer"], model["layer"].lora["a"]
+    trained = (pair.lora_A, pair.lora_B, pair.magnitude)
+    exact = tuple(each.detach().double().requires_grad_() for each in trained)
+    exact_x, x = x.double().requires_grad_(), x.requires_grad_()
+    weight = rescaled_weight(layer, *exact)
+    want, got = dense_output(layer, exact_x, weight), layer(x)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(got)
+    found = torch.autograd.grad(got, (x, *trained), upstream)
+    for ours, theirs in zip(found, torch.autograd.grad(want, (exact_x, *exact), upstream.double()), strict=True):
+        assert float((ours.double() - theirs).abs().max() / theirs.abs().max()) < 1e-5
+    before = layer.weight.detach().clone()
+    merge(model)
+    torch.testing.assert_close(layer.weight.detach().double(), weight.detach(), rtol=1e-5, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(layer.weight, before)
+    layer.roster.active = {"a": -0.5}
+    halfway = layer.weight.detach().double() - 0.5 * (weight.detach() - layer.weight.detach().double())
+    torch.testing.assert_close(layer(x).double(), dense_output(layer, x, halfway), rtol=1e-4, atol=1e-4)
+
+
+@each_rank
+@pytest.mark.parametrize("window", UNGROUPED.values(), ids=UNGROUPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_dora_changes_nothing(axes: int, window: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    base = LAYERS[axes - 1](6, 10, **window).to(dtype)
+    holder = nn.ModuleDict({"layer": copy.deepcopy(base)}).train()
+    attach(holder, LoraConfig(r=4, target_modules=["layer"], use_dora=True, lora_dropout=0.5))
+    x = torch.randn(3, 6, *ROOM[:axes]).to(dtype)
+    assert torch.equal(holder["layer"](x), base(x))
+    assert holder["layer"].lora["default"].magnitude.shape == (1, 10, *[1] * axes)
+
+
+def test_dropped_x_goes_through_the_weight_of_dora_too() -> None:
+    model, x = with_magnitude(2, WINDOWS["circular"], lora_dropout=0.5)
+    layer, pair = model.train()["layer"], model["layer"].lora["a"]
+    torch.manual_seed(7)
+    dropped = F.dropout(x, 0.5, training=True)
+    torch.manual_seed(7)
+    got = layer(x).double()
+    weight = rescaled_weight(layer, *(each.detach().double() for each in (pair.lora_A, pair.lora_B, pair.magnitude)))
+    plain = dense_output(layer, x, layer.weight.detach().double())
+    change = dense_output(layer, dropped, weight - layer.weight.detach().double()) - layer.bias.detach().double().view(-1, 1, 1)
+    torch.testing.assert_close(got, plain + change, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_over_a_weight_whose_channels_lie_last() -> None:
+    """Its rows cannot be seen as one without a copy, and an edit of the base must count all the same."""
+    model, x = with_magnitude(2, WINDOWS["plain"])
+    layer, pair = model.to(memory_format=torch.channels_last)["layer"], model["layer"].lora["a"]
+    for _ in range(2):
+        weight = rescaled_weight(layer, *(each.detach().double() for each in (pair.lora_A, pair.lora_B, pair.magnitude)))
+        torch.testing.assert_close(layer(x).double(), dense_output(layer, x, weight), rtol=1e-4, atol=1e-4)
+        layer.weight.data[3, 2, 1, 1] += 4.0
+
+
+def test_dora_with_groups_is_refused() -> None:
+    model = nn.ModuleDict({"layer": nn.Conv2d(6, 10, 3, groups=2)})
+    with pytest.raises(TargetError, match="layer: it has 2 groups, and PEFT's norm in use_dora"):
+        plan(model, LoraConfig(r=4, target_modules=["layer"], use_dora=True))
 
 
 def test_several_adapters_add_up_and_all_linear_leaves_convolutions_out() -> None:

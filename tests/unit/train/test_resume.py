@@ -103,6 +103,15 @@ def test_a_run_resumed_again_and_again_ends_with_the_same_bits(run_settings: Mak
     assert outcome(cut) == outcome(whole_run)
 
 
+def test_a_full_fine_tune_resumes_with_the_same_bits(run_settings: Make) -> None:
+    ways = {"train": LIVELY["train"] | {"full": True, "learning_rate": 0.001}, "lora": {"r": 16}}
+    whole = run_settings(out="whole", **ways)
+    train(whole)
+    cut = crashed_run(run_settings(out="cut", **ways), 4)
+    resume(cut)
+    assert outcome(cut) == outcome(Path(whole.out))
+
+
 def test_groups_and_frozen_factors_resume_with_the_same_bits(run_settings: Make) -> None:
     ways = {"train": LIVELY["train"] | {"loraplus_lr_ratio": 4.0, "freeze_A": True, "weight_decay": 0.1, "learning_rate": 0.01}}
     whole = run_settings(out="whole", **ways, lora={"modules_to_save": ["norm"], "init_lora_weights": "eva"})
