@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from luthier.cli import baseline, evaluate, generate, inspect, merge, methods, models, quickstart, train
+from luthier.cli import baseline, evaluate, generate, inspect, merge, methods, models, quickstart, train, truncate
 from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
 
@@ -28,6 +28,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
+app.command("truncate")(truncate.truncate)
 app.command("baseline")(baseline.baseline)
 app.command("methods")(methods.methods)
 app.add_typer(models.app, name="models")

@@ -67,6 +67,19 @@ def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor, norm: Tensor) -
     return dora_scale(magnitude, norm).double().view(-1, *(1 for _ in weight.shape[1:])) * (weight + delta) - weight
 
 
+def dora_change(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor) -> float:
+    """Return |W' - W| (Frobenius) without forming B A, in float64: what DoRA changes in all.
+
+    With c = m/n a row of W' - W is (c - 1) w + c d, where d is that row of the low-rank part.
+    """
+    weight, lora_A, lora_B = weight.double(), lora_A.double(), scaling * lora_B.double()
+    scale = dora_scale(magnitude.double(), dora_norm(weight, lora_A, lora_B, 1.0))
+    inner = ((weight @ lora_A.T) * lora_B).sum(dim=1)
+    low_rank = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(dim=1)
+    squares = (scale - 1) ** 2 * row_squares(weight) + 2 * (scale - 1) * scale * inner + scale**2 * low_rank
+    return float(squares.clamp_min(0).sum().sqrt())
+
+
 def _wide(*tensors: Tensor) -> torch.dtype:
     dtype = torch.float32
     for tensor in tensors:

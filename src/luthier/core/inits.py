@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.methods import PISSA_NITER
+from luthier.core.spectrum import pair_from_svd
 
 ORTHOGONAL_SHRINK = 10.0
 
@@ -69,8 +70,7 @@ def pissa_pair(weight_OI: Tensor, r: int, scaling: float, niter: int | None = No
     else:
         U, S, V = torch.svd_lowrank(weight_OI, r, niter=niter)
         Vt = V.T
-    root_R = (S / scaling).sqrt()
-    return root_R[:, None] * Vt, U * root_R
+    return pair_from_svd(U, S, Vt, scaling)
 
 
 class RunningPCA:

@@ -97,3 +97,14 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
         if re.match(rf"(.*\.)?({expression})$", path):
             return value
     return default
+
+
+def patterns_of(values: Mapping[str, T], default: T) -> dict[str, T]:
+    """Return the shortest mapping that gives each path its value by `pattern_value`: paths whose value is not `default`.
+
+    A path may end as another does (`proj`, `out.proj`), so that its pattern matches both; all are listed then, the longest first.
+    """
+    others = {path: value for path, value in values.items() if value != default}
+    if all(pattern_value(others, path, default) == value for path, value in values.items()):
+        return others
+    return dict(sorted(values.items(), key=lambda item: -len(item[0])))

@@ -83,6 +83,12 @@ def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mappin
     return json.dumps({key: values[key] for key in sorted(values)}, indent=2)
 
 
+def unmodelled(text: str) -> dict[str, Any]:
+    """Return what an adapter_config.json says beyond LoraConfig that `dump_config` takes, for writing a changed one."""
+    data = json.loads(text)
+    return {"fan_in_fan_out": bool(data.get("fan_in_fan_out")), "auto_mapping": data.get("auto_mapping")}
+
+
 def parse_config(text: str, where: str) -> LoraConfig:
     """Return the configuration in an adapter_config.json. Keys that are missing take PEFT's defaults (r=8, lora_alpha=8).
 

@@ -2,18 +2,16 @@
 
 from typing import Any
 
-from luthier.core.adalora import adalora_scaling
 from luthier.core.config import AdaLoraConfig, LoraConfig
-from luthier.core.lora import lora_scaling
-from luthier.core.names import pattern_value
+from luthier.core.spectrum import factored_norm
 from luthier.formats.folder import AdapterFolder
-from luthier.formats.keys import PREFIX, canonical_keys
+from luthier.formats.pairs import stored_pairs
 
 
 def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
     """Return what `luthier inspect` shows: plain values, ready for JSON.
 
-    The norm of each layer's update is that of scaling * B A (Frobenius), from r x r products: |BA|^2 = tr(A A^T B^T B).
+    The norm of each layer's update is that of scaling * B A (Frobenius).
     """
     config, note = folder.config, folder.note
     base = note.get("base") or {}
@@ -47,35 +45,17 @@ def _method(config: LoraConfig) -> str:
 
 
 def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:
-    tensors = {key: folder.tensors[found] for found, key in canonical_keys(folder.tensors).items()}
     layers = []
-    for key, lora_A in tensors.items():
-        for a_suffix, b_suffix in (
-            (".lora_A.weight", ".lora_B.weight"),
-            (".lora_embedding_A", ".lora_embedding_B"),
-            (".lora_A", ".lora_B"),
-        ):
-            lora_B = tensors.get(key.removesuffix(a_suffix) + b_suffix)
-            if not key.endswith(a_suffix) or lora_B is None:
-                continue
-            path = key.removesuffix(a_suffix).removeprefix(PREFIX)
-            A, B = lora_A.double(), lora_B.double()
-            if isinstance(folder.config, AdaLoraConfig):
-                scaling = adalora_scaling(folder.config.init_r, folder.config.lora_alpha)
-            else:
-                alpha = pattern_value(folder.config.alpha_pattern, path, folder.config.lora_alpha)
-                scaling = lora_scaling(len(A), alpha, folder.config.use_rslora)
-            lora_E = tensors.get(f"{PREFIX}{path}.lora_E")
-            EA = A if lora_E is None else A * lora_E.double()
-            squared = float(((EA @ EA.T) * (B.T @ B)).sum())
-            layers.append(
-                {
-                    "path": path,
-                    "r": len(A),
-                    "scaling": scaling,
-                    "delta_norm": scaling * max(0.0, squared) ** 0.5,
-                    "A_norm": float(A.norm()),
-                    "B_norm": float(B.norm()),
-                }
-            )
+    for pair in stored_pairs(folder):
+        A, B = pair.matrices()
+        layers.append(
+            {
+                "path": pair.path,
+                "r": pair.r,
+                "scaling": pair.scaling,
+                "delta_norm": factored_norm(A, B, pair.scaling),
+                "A_norm": float(pair.lora_A.double().norm()),
+                "B_norm": float(pair.lora_B.double().norm()),
+            }
+        )
     return layers

@@ -97,6 +97,11 @@ def write_adapter(path: str | Path, config_text: str, tensors: dict[str, Tensor]
     return Path(path)
 
 
+def file_digests(path: Path) -> dict[str, str]:
+    """Return name -> sha256 of the configuration and the tensors in a folder: which adapter it is, to the last bit."""
+    return {name: _sha256((path / name).read_bytes()) for name in (CONFIG_FILE, TENSOR_FILE)}
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode()

@@ -1,11 +1,14 @@
 """plain_lora(): an AdaLoRA adapter as a plain LoRA that computes the same, for readers that know only that (vLLM, GGUF tools)."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from luthier.adapt.ranks import ROLES, adalora_pairs
 from luthier.adapt.state import adapter_parameters
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterStateError
+from luthier.core.names import patterns_of
 from luthier.formats.keys import item_key, pair_key
 
 
@@ -32,19 +35,27 @@ def plain_lora(model: nn.Module, name: str, config: LoraConfig) -> tuple[LoraCon
         tensors[pair_key(path, "lora_B", "linear")] = _copy(lora_B[:, stays])
     if not ranks:
         raise AdapterStateError(f"every triplet of adapter {name!r} is zero; nothing would be left of it")
-    r = max(ranks.values())
-    others = {path: rank for path, rank in ranks.items() if rank != r}
+    return plain_config(config, ranks, {path: rank * scaling for path, rank in ranks.items()}), tensors
+
+
+def plain_config(config: AdaLoraConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoraConfig:
+    """Return the configuration of a plain LoRA on the layers of `ranks` and nowhere else, otherwise as `config`."""
     # What AdaLoRA has no use for, and what chose the layers, which are listed now.
     spent = {"rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", *config.NO_EFFECT}
     kept = {key: value for key, value in config if key in LoraConfig.model_fields and key not in spent}
-    shape = {
-        "r": r,
-        "lora_alpha": r * scaling,
-        "target_modules": list(ranks),
-        "rank_pattern": others,
-        "alpha_pattern": {path: rank * scaling for path, rank in others.items()},
+    return LoraConfig(**(kept | ranks_and_alphas(ranks, alphas) | {"target_modules": list(ranks)}))
+
+
+def ranks_and_alphas(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """Return the four settings that give each layer (by its path) its rank and alpha. `r` is the largest rank: readers that know
+    no patterns make room by it."""
+    widest = max(ranks, key=ranks.__getitem__)
+    return {
+        "r": ranks[widest],
+        "lora_alpha": alphas[widest],
+        "rank_pattern": patterns_of(ranks, ranks[widest]),
+        "alpha_pattern": patterns_of(alphas, alphas[widest]),
     }
-    return LoraConfig(**(kept | shape)), tensors
 
 
 def _copy(tensor: Tensor) -> Tensor:

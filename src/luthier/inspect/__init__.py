@@ -6,4 +6,16 @@ Never trains, never changes a model or an adapter's folder.
 from luthier.core.lazy import lazy_names
 
 # No module here bears the name of what it holds: importing it would put the module in the place of the name.
-__getattr__, __all__ = lazy_names(__name__, {})
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "AdapterSpectra": "luthier.inspect.spectra",
+        "LayerSimilarity": "luthier.inspect.similarity",
+        "LayerSpectrum": "luthier.inspect.spectra",
+        "Similarity": "luthier.inspect.similarity",
+        "adapter_spectra": "luthier.inspect.spectra",
+        "compare_adapters": "luthier.inspect.similarity",
+        "draw": "luthier.inspect.pictures",
+        "html_report": "luthier.inspect.report",
+    },
+)

@@ -9,6 +9,7 @@ from luthier.core.lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "Checkpoint": "luthier.models.checkpoint",
         "DtypeChoice": "luthier.models.dtype",
         "LoadedModel": "luthier.models.load",
         "ModelSpec": "luthier.models.spec",
@@ -19,5 +20,6 @@ __getattr__, __all__ = lazy_names(
         "models_home": "luthier.models.cache",
         "parse_spec": "luthier.models.spec",
         "pull": "luthier.models.fetch",
+        "pulled": "luthier.models.fetch",
     },
 )

@@ -55,6 +55,15 @@ def pull(spec: str | ModelSpec, *, force: bool = False, progress: Progress | Non
     return path
 
 
+def pulled(spec: str) -> Path | None:
+    """Return the folder of a base model that is on this machine, ready to read; None where it would have to be fetched or
+    converted first. Raises: ModelError if `spec` names nothing."""
+    known = parse_spec(spec)
+    if known.kind is SpecKind.FOLDER:
+        return known.path
+    return models_home() / cache_slug(known) if is_ready(cache_slug(known)) else None
+
+
 def cache_slug(spec: ModelSpec) -> str:
     """Return the folder name of `spec` in the cache: readable, safe as a name, and new when the source file changes.
 

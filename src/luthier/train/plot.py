@@ -1,19 +1,18 @@
 """Pictures: the loss curve of a run, and pairs of several ranks beside a full fine-tune."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.core.atomic import write_atomic
-from luthier.core.errors import MissingExtraError
+from luthier.core.figures import as_png, make_figure
 
 SMOOTHING = 0.9
 
 
 def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw training loss (each step, and smoothed) and held-out loss over steps into a PNG. Raises: MissingExtraError."""
-    figure = _figure(7, "drawing the loss curve")
+    figure = make_figure("drawing the loss curve", figsize=(7, 4), layout="constrained")
     trained = [(record["step"], record["loss"]) for record in records if "loss" in record]
     held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     axes = figure.subplots()
@@ -30,7 +29,7 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set(xlabel="optimiser step", ylabel="loss per answer token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    _write(figure, path)
+    write_atomic(path, as_png(figure))
 
 
 def plot_baseline(pairs: dict[int, dict[str, Any]], full: dict[str, Any], path: Path, title: str) -> None:
@@ -41,7 +40,7 @@ def plot_baseline(pairs: dict[int, dict[str, Any]], full: dict[str, Any], path: 
     """
     words = {"eval_loss": "held-out loss per answer token (nats)", "exact_match": "exact match"}
     measures = [key for key in words if all(each[key] is not None for each in (full, *pairs.values()))]
-    figure = _figure(4.5 * len(measures), "drawing the comparison")
+    figure = make_figure("drawing the comparison", figsize=(4.5 * len(measures), 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
         points = [(each["parameters"], each[key]) for each in pairs.values()]
         axes.plot(*zip(*points, strict=True), marker="o", color="tab:blue", label="pairs")
@@ -53,21 +52,7 @@ def plot_baseline(pairs: dict[int, dict[str, Any]], full: dict[str, Any], path: 
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title, parse_math=False)
-    _write(figure, path)
-
-
-def _figure(width: float, purpose: str) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plots", purpose) from None
-    return Figure(figsize=(width, 4), layout="constrained")
-
-
-def _write(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomic(path, picture.getvalue())
+    write_atomic(path, as_png(figure))
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from luthier.core.dora import dora_delta, dora_norm, dora_norm_plain, dora_scale, dora_update, row_squares
+from luthier.core.dora import dora_change, dora_delta, dora_norm, dora_norm_plain, dora_scale, dora_update, row_squares
 
 
 def dense_norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -58,3 +58,12 @@ def test_update_and_delta_are_what_the_dense_weight_adds() -> None:
     found = dora_update(x @ weight.T, x @ delta.T, magnitude, norm)
     torch.testing.assert_close(found, x @ (dense - weight).T, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(dense.norm(dim=1), magnitude, rtol=1e-14, atol=0)
+
+
+def test_the_change_without_the_product_is_that_of_the_dense_weights() -> None:
+    weight, lora_A, lora_B = torch.randn(13, 7), torch.randn(3, 7), torch.randn(13, 3)
+    magnitude = weight.norm(dim=1) * (1 + 0.3 * torch.randn(13))
+    moved = weight.double() + 0.7 * lora_B.double() @ lora_A.double()
+    dense = magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight.double()
+    found = dora_change(weight, lora_A, lora_B, 0.7, magnitude)
+    assert found == pytest.approx(torch.linalg.matrix_norm(dense).item(), rel=1e-10)

@@ -17,6 +17,7 @@ from luthier.core.names import (
     matches_any,
     matches_name,
     pattern_value,
+    patterns_of,
 )
 
 WORDS = ["q_proj", "proj", "k_proj", "mlp", "h", "layers", "experts", "0", "1", "12"]
@@ -144,3 +145,12 @@ def test_any_accepted_name_is_one_safe_path_part(name: str) -> None:
     assert name
     assert name.isascii()
     assert all(character.isalnum() or character in "_-" for character in name)
+
+
+def test_patterns_give_each_path_its_value() -> None:
+    assert patterns_of({"a.q": 4, "a.v": 2, "b.q": 4}, 4) == {"a.v": 2}
+    assert patterns_of({"a.q": 4, "a.v": 4}, 4) == {}
+    # "proj" alone would match "out.proj" too, which has the default.
+    for values in ({"proj": 2, "out.proj": 4}, {"proj": 2, "out.proj": 3}, {"out.proj": 3, "proj": 4}):
+        patterns = patterns_of(values, 4)
+        assert {path: pattern_value(patterns, path, 4) for path in values} == values
