@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -16,12 +16,24 @@ from luthier.core.lora import lora_scaling
 from luthier.core.methods import needs_linear, why_no_start
 from luthier.core.names import block_index, is_inside_saved, is_saved_whole, is_target, matches_any, matches_name, pattern_value
 from luthier.layers.base import own_parameters
-from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_no_magnitude, why_not
+from luthier.layers.kinds import (
+    PARAMETER,
+    LayerKind,
+    layer_kind,
+    parameter_kind,
+    why_hidden,
+    why_no_magnitude,
+    why_not,
+    why_not_parameter,
+)
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer that gets a pair."""
+    """One layer that gets a pair, or one parameter: `path` is then that of the module which owns it.
+
+    `depth` is how many later parameters of the same module get one too; PEFT's names of their tensors follow it.
+    """
 
     path: str
     kind: LayerKind
@@ -36,13 +48,22 @@ class PlannedLayer:
     lora_bias: bool = False
     is_adalora: bool = False
     has_magnitude: bool = False
+    parameter: str = ""
+    num_experts: int = 1
+    is_transposed: bool = False
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """The path that rank_pattern and alpha_pattern are held against: that of a parameter ends with its own name."""
+        return f"{self.path}.{self.parameter}" if self.parameter else self.path
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Role -> shape of the tensors of the pair, in the order in which they are made."""
         shapes: dict[str, tuple[int, ...]] = {
-            "lora_A": (self.r, self.in_features, *self.kernel),
-            "lora_B": (self.out_features, self.r // self.groups, *(1 for _ in self.kernel)),
+            "lora_A": (self.r * self.num_experts, self.in_features, *self.kernel),
+            "lora_B": (self.out_features, self.r * self.num_experts // self.groups, *(1 for _ in self.kernel)),
         }
         if self.is_adalora:
             shapes["lora_E"] = (self.r, 1)
@@ -100,12 +121,18 @@ class AttachPlan:
 
     def __str__(self) -> str:
         names = Counter(
-            (layer.path.rsplit(".", 1)[-1], layer.in_features, layer.out_features, layer.r, layer.num_pair_parameters)
+            (
+                ".".join(layer.name.split(".")[-2:]) if layer.parameter else layer.path.rsplit(".", 1)[-1],
+                layer.in_features,
+                layer.out_features,
+                f"r={layer.r}" + (f" for each of {layer.num_experts} experts" if layer.num_experts > 1 else ""),
+                layer.num_pair_parameters,
+            )
             for layer in self.layers
         )
         lines = [f"{self.num_parameters:,} of {self.num_base_parameters:,} parameters are trained ({self.share:.2%})"]
-        for (name, in_features, out_features, r, each), count in names.items():
-            lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
+        for (name, in_features, out_features, ranks, each), count in names.items():
+            lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, {ranks}: {each:,} each")
         lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
         lines += [f"  {len(table.tokens)} rows of {table.path} ({table.num_parameters:,})" for table in self.tables]
         if self.biases:
@@ -148,6 +175,9 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
         else:
             layers.append(layer)
     faults += _unmatched(config, modules)
+    parameters, parameter_faults = _planned_parameters(config, modules, saved, {layer.path for layer in layers})
+    layers += parameters
+    faults += parameter_faults
     faults += _without_start(config, layers)
     biases = {}
     if config.bias == "all":
@@ -162,6 +192,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
     tables = _planned_tables(model, modules, config)
     held = {*saved, *biases, *(layer.path for layer in layers)}
     faults += _table_faults(modules, tables, held)
+    faults += _inside_owner(layers, {*held, *(path for table in tables for path in (table.path, *table.tied))})
     if faults:
         raise TargetError(_listed(f"the configuration does not fit this {_class_name(model)} ({len(faults)} faults)", faults))
     warnings = _warnings(model, modules, given, config, layers, saved)
@@ -236,6 +267,82 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
         config.lora_bias,
         has_magnitude=config.use_dora,
     )
+
+
+def parameter_targets(modules: dict[str, nn.Module], entries: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (path of the module, name of its parameter) for the parameters that `entries` of target_parameters mean."""
+    return [
+        (path, key)
+        for path, module in modules.items()
+        for key, _ in module.named_parameters(recurse=False)
+        if any(matches_name(entry, f"{path}.{key}" if path else key) for entry in entries)
+    ]
+
+
+def _planned_parameters(
+    config: LoraConfig, modules: dict[str, nn.Module], saved: dict[str, int], layers: set[str]
+) -> tuple[list[PlannedLayer], list[str]]:
+    """Return what target_parameters adapt, in the order in which PEFT does, and the faults; `layers` have pairs already."""
+    planned: list[PlannedLayer] = []
+    entries = config.target_parameters or []
+    faults = [
+        f"target_parameters entry {entry!r} matches nothing.{did_you_mean(entry, _parameter_names(modules))}"
+        + (f" '{entry}' is a module: name it in target_modules" if any(matches_name(entry, path) for path in modules) else "")
+        for entry in entries
+        if not parameter_targets(modules, [entry])
+    ]
+    targets = parameter_targets(modules, entries)
+    for index, (path, key) in enumerate(targets):
+        module, what = modules[path], f"target_parameters: {path}.{key}"
+        weight = cast(Tensor, module._parameters[key])
+        if not path:
+            faults.append(f"target_parameters: {key} belongs to the model itself; only parameters of its modules can be adapted")
+        elif path in layers:
+            faults.append(f"{what}: target_modules adapts {path} too; choose one (target_modules=[] adapts parameters only)")
+        elif whole := _holder(path, saved):
+            faults.append(f"{what} lies in {whole}, which modules_to_save replaces; choose one")
+        elif reason := why_not_parameter(module, modules[path.rpartition(".")[0]], key):
+            faults.append(f"{what}: {reason}")
+        else:
+            depth = sum(other == path for other, _ in targets[index + 1 :])
+            planned.append(_planned_parameter(config, path, key, module, weight, depth))
+    return planned, faults
+
+
+def _planned_parameter(config: LoraConfig, path: str, key: str, module: nn.Module, weight: Tensor, depth: int) -> PlannedLayer:
+    """Which axis is called in and which out is PEFT's choice: of a stack it depends on the module's own word."""
+    is_transposed = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
+    rows, columns = weight.shape[-2:]
+    in_features, out_features = (rows, columns) if is_transposed else (columns, rows)
+    r = pattern_value(config.rank_pattern, f"{path}.{key}", config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, f"{path}.{key}", config.lora_alpha)
+    return PlannedLayer(
+        path,
+        parameter_kind(module, key),
+        in_features,
+        out_features,
+        r,
+        lora_alpha,
+        lora_scaling(r, lora_alpha, config.use_rslora),
+        trains_bias=False,
+        parameter=key,
+        num_experts=weight.shape[0] if weight.ndim == 3 else 1,
+        is_transposed=is_transposed,
+        depth=depth,
+    )
+
+
+def _parameter_names(modules: dict[str, nn.Module]) -> list[str]:
+    names = {key for module in modules.values() for key, weight in module.named_parameters(recurse=False) if weight.ndim > 1}
+    return sorted(names)
+
+
+def _inside_owner(layers: list[PlannedLayer], held: set[str]) -> Iterator[str]:
+    """Say what lies inside a module of which a parameter is adapted: PEFT would know it by another path."""
+    owners = sorted({layer.path for layer in layers if layer.kind is PARAMETER})
+    for path in sorted(held):
+        if owner := next((owner for owner in owners if path.startswith(f"{owner}.")), None):
+            yield f"{path} lies in {owner}, of which target_parameters adapts a parameter; adapt the two by adapters of their own"
 
 
 def _without_start(config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
@@ -357,7 +464,7 @@ def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: l
         for expression in getattr(config, field_name):
             # AdaLoRA's keys are a layer's path and the name of its tensor.
             named = expression.removesuffix(".lora_E") if isinstance(config, AdaLoraConfig) else expression
-            if not any(pattern_value({named: True}, layer.path, False) for layer in layers):
+            if not any(pattern_value({named: True}, layer.name, False) for layer in layers):
                 yield f"{field_name} key {expression!r} matches no adapted layer and has no effect"
     excluded = config.exclude_modules or []
     for entry in [excluded] if isinstance(excluded, str) else excluded:
@@ -365,8 +472,10 @@ def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: l
             yield f"exclude_modules entry {entry!r} matches nothing and has no effect"
     chosen = config.layers_to_transform
     for index in [chosen] if isinstance(chosen, int) else chosen or []:
-        if not any(block_index(layer.path, config.layers_pattern) == index for layer in layers):
+        if not any(block_index(layer.path, config.layers_pattern) == index for layer in layers if not layer.parameter):
             yield f"layers_to_transform index {index} matches no adapted layer and has no effect"
+    if config.target_parameters and (config.exclude_modules or chosen not in (None, [])):
+        yield "exclude_modules and layers_to_transform do not choose among target_parameters, here and in PEFT; give longer paths"
     if config.bias == "lora_only" and layers and not any(layer.trains_bias for layer in layers):
         yield "bias='lora_only' has no effect: no adapted layer has a bias"
     for word in ("embedding", "attention"):

@@ -37,7 +37,14 @@ def item_key(item: AdapterParameter) -> str:
         return rows_key(item.path)
     if item.kind is None:
         return whole_key(item.path, item.key)
-    return pair_key(item.path, item.role, item.kind.word, item.is_adalora)
+    return pair_key(wrapped_path(item), item.role, item.kind.word, item.is_adalora)
+
+
+def wrapped_path(item: AdapterParameter | PlannedLayer) -> str:
+    """Return the path that a pair's tensors are known by: PEFT wraps a module once for each adapted parameter of it, the last
+    one outermost.
+    """
+    return item.path + ".base_layer" * item.depth
 
 
 def whole_key(path: str, key: str) -> str:
@@ -59,7 +66,7 @@ def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return key -> shape of all that the file of a planned adapter must hold; `whole` are its replaced parameters."""
     pairs = {
-        pair_key(layer.path, role, layer.kind.word, layer.is_adalora): shape
+        pair_key(wrapped_path(layer), role, layer.kind.word, layer.is_adalora): shape
         for layer in planned.layers
         for role, shape in pair_shapes(layer).items()
     }
