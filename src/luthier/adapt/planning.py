@@ -333,7 +333,12 @@ def _planned_parameter(config: LoraConfig, path: str, key: str, module: nn.Modul
 
 
 def _parameter_names(modules: dict[str, nn.Module]) -> list[str]:
-    names = {key for module in modules.values() for key, weight in module.named_parameters(recurse=False) if weight.ndim > 1}
+    """Return the last one and the last two parts of the paths of parameters that might be meant."""
+    names: set[str] = set()
+    for path, module in modules.items():
+        for key, weight in module.named_parameters(recurse=False):
+            if path and weight.ndim in (2, 3):
+                names |= {key, f"{path.rpartition('.')[2]}.{key}"}
     return sorted(names)
 
 

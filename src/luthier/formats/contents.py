@@ -1,11 +1,13 @@
 """What is in an adapter folder, in numbers and words, without its base."""
 
+import re
 from typing import Any
 
 from luthier.core.adalora import adalora_scaling
 from luthier.core.config import AdaLoraConfig, LoraConfig
-from luthier.core.lora import lora_scaling
-from luthier.core.names import pattern_value
+from luthier.core.lora import expert_factors, lora_scaling
+from luthier.core.names import is_target, matches_name, pattern_value
+from luthier.formats.card import named_targets
 from luthier.formats.folder import AdapterFolder
 from luthier.formats.keys import PREFIX, canonical_keys
 
@@ -13,19 +15,20 @@ from luthier.formats.keys import PREFIX, canonical_keys
 def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
     """Return what `luthier inspect` shows: plain values, ready for JSON.
 
-    The norm of each layer's update is that of scaling * B A (Frobenius), from r x r products: |BA|^2 = tr(A A^T B^T B).
+    The norm of each layer's update is that of scaling * B A (Frobenius), from r x r products: |BA|^2 = tr(A A^T B^T B). The
+    updates of a parameter's experts are taken together; which parameter a pair is for, the base would have to tell, so where the
+    patterns give those of one module different ranks, their pairs are left out.
     """
     config, note = folder.config, folder.note
     base = note.get("base") or {}
     recipe = note.get("recipe") or {}
-    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in folder.tensors.values()})
     return {
         "folder": str(folder.path),
         "base": config.base_model_name_or_path,
         "fingerprint": (base.get("sample_digest") or "")[:16] or None,
         "method": _method(config),
-        "targets": targets,
+        "targets": named_targets(config),
         "parameters": f"{folder.num_parameters:,}",
         "num_parameters": folder.num_parameters,
         "size": f"{folder.num_bytes / 1e6:.2f} MB",
@@ -60,18 +63,27 @@ def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:
                 continue
             path = key.removesuffix(a_suffix).removeprefix(PREFIX)
             A, B = lora_A.double(), lora_B.double()
+            r, num_experts = len(A), 1
             if isinstance(folder.config, AdaLoraConfig):
                 scaling = adalora_scaling(folder.config.init_r, folder.config.lora_alpha)
+            elif owned := _parameters_of(folder.config, path):
+                sizes = {_size(folder.config, name) for name in owned}
+                r, alpha = sizes.pop()
+                num_experts, rest = divmod(len(A), r)
+                if sizes or rest:
+                    continue
+                scaling = lora_scaling(r, alpha, folder.config.use_rslora)
             else:
-                alpha = pattern_value(folder.config.alpha_pattern, path, folder.config.lora_alpha)
-                scaling = lora_scaling(len(A), alpha, folder.config.use_rslora)
+                alpha = _size(folder.config, path)[1]
+                scaling = lora_scaling(r, alpha, folder.config.use_rslora)
             lora_E = tensors.get(f"{PREFIX}{path}.lora_E")
             EA = A if lora_E is None else A * lora_E.double()
-            squared = float(((EA @ EA.T) * (B.T @ B)).sum())
+            left, right = expert_factors(EA, B, num_experts)
+            squared = float(((right @ right.mT) * (left.mT @ left)).sum())
             layers.append(
                 {
                     "path": path,
-                    "r": len(A),
+                    "r": r,
                     "scaling": scaling,
                     "delta_norm": scaling * max(0.0, squared) ** 0.5,
                     "A_norm": float(A.norm()),
@@ -79,3 +91,17 @@ def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:
                 }
             )
     return layers
+
+
+def _parameters_of(config: LoraConfig, path: str) -> list[str]:
+    """Return the paths of the parameters that a pair at `path` may be for, if it is not a layer's."""
+    owner = re.sub(r"(\.base_layer)+$", "", path)
+    if is_target(config, owner):
+        return []
+    split = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    return [f"{owner}.{key}" for module, _, key in split if not module or matches_name(module, owner)]
+
+
+def _size(config: LoraConfig, name: str) -> tuple[int, float]:
+    r = pattern_value(config.rank_pattern, name, config.r)
+    return r, pattern_value(config.alpha_pattern, name, config.lora_alpha)
