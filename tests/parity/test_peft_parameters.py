@@ -85,13 +85,7 @@ def dense_twin(base: nn.Module, adapted: nn.Module, name: str = "default", weigh
     return twin
 
 
-@pytest.mark.parametrize(
-    ("model_type", "experts"),
-    [
-        *((name, "eager") for name in TARGETS),
-        *((name, how) for name in list(TARGETS)[:3] for how in ("grouped_mm", "batched_mm")),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "experts"), [*((name, "eager") for name in TARGETS), *IMPLEMENTATIONS])
 def test_the_model_is_the_dense_one_and_a_fresh_adapter_the_base(tiny_moe: MakeMoe, model_type: str, experts: str) -> None:
     base, model = tiny_moe(model_type, experts=experts), tiny_moe(model_type, experts=experts)
     names = list(model.state_dict())

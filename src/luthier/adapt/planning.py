@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor, nn
 
+from luthier.adapt.parameters import FoundParameter, find_parameters, holder, inside_owner
 from luthier.adapt.state import adapter_prefixes
 from luthier.core.adalora import adalora_scaling
 from luthier.core.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
@@ -24,7 +25,6 @@ from luthier.layers.kinds import (
     why_hidden,
     why_no_magnitude,
     why_not,
-    why_not_parameter,
 )
 
 
@@ -160,7 +160,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             faults.append(f"{path} is a {_class_name(module)}; {only}")
         elif reason := why_not(module, modules[path.rpartition(".")[0]]) or (config.use_dora and why_no_magnitude(module)):
             faults.append(f"{path}: {reason}")
-        elif whole := _holder(path, saved):
+        elif whole := holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
         elif isinstance(config, AdaLoraConfig) and not is_linear(module):
             faults.append(f"{path} is a {_class_name(module)}; AdaLoRA adapts Linear and Conv1D layers")
@@ -175,8 +175,8 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
         else:
             layers.append(layer)
     faults += _unmatched(config, modules)
-    parameters, parameter_faults = _planned_parameters(config, modules, saved, {layer.path for layer in layers})
-    layers += parameters
+    parameters, parameter_faults = find_parameters(config, modules, saved, {layer.path for layer in layers})
+    layers += [_planned_parameter(config, found, modules[found.path]) for found in parameters]
     faults += parameter_faults
     faults += _without_start(config, layers)
     biases = {}
@@ -184,7 +184,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
         paired = {layer.path for layer in layers}
         for path, module in modules.items():
             bias = module._parameters.get("bias")
-            if not path or bias is None or path in paired or _holder(path, saved):
+            if not path or bias is None or path in paired or holder(path, saved):
                 continue
             if reason := why_hidden(module, modules[path.rpartition(".")[0]]):
                 faults.append(f"bias='all' trains the bias of {path}: {reason}")
@@ -192,7 +192,8 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
     tables = _planned_tables(model, modules, config)
     held = {*saved, *biases, *(layer.path for layer in layers)}
     faults += _table_faults(modules, tables, held)
-    faults += _inside_owner(layers, {*held, *(path for table in tables for path in (table.path, *table.tied))})
+    held |= {path for table in tables for path in (table.path, *table.tied)}
+    faults += inside_owner({layer.path for layer in layers if layer.kind is PARAMETER}, held)
     if faults:
         raise TargetError(_listed(f"the configuration does not fit this {_class_name(model)} ({len(faults)} faults)", faults))
     warnings = _warnings(model, modules, given, config, layers, saved)
@@ -269,85 +270,27 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     )
 
 
-def parameter_targets(modules: dict[str, nn.Module], entries: Iterable[str]) -> list[tuple[str, str]]:
-    """Return (path of the module, name of its parameter) for the parameters that `entries` of target_parameters mean."""
-    return [
-        (path, key)
-        for path, module in modules.items()
-        for key, _ in module.named_parameters(recurse=False)
-        if any(matches_name(entry, f"{path}.{key}" if path else key) for entry in entries)
-    ]
-
-
-def _planned_parameters(
-    config: LoraConfig, modules: dict[str, nn.Module], saved: dict[str, int], layers: set[str]
-) -> tuple[list[PlannedLayer], list[str]]:
-    """Return what target_parameters adapt, in the order in which PEFT does, and the faults; `layers` have pairs already."""
-    planned: list[PlannedLayer] = []
-    entries = config.target_parameters or []
-    faults = [
-        f"target_parameters entry {entry!r} matches nothing.{did_you_mean(entry, _parameter_names(modules))}"
-        + (f" '{entry}' is a module: name it in target_modules" if any(matches_name(entry, path) for path in modules) else "")
-        for entry in entries
-        if not parameter_targets(modules, [entry])
-    ]
-    targets = parameter_targets(modules, entries)
-    for index, (path, key) in enumerate(targets):
-        module, what = modules[path], f"target_parameters: {path}.{key}"
-        weight = cast(Tensor, module._parameters[key])
-        if not path:
-            faults.append(f"target_parameters: {key} belongs to the model itself; only parameters of its modules can be adapted")
-        elif path in layers:
-            faults.append(f"{what}: target_modules adapts {path} too; choose one (target_modules=[] adapts parameters only)")
-        elif whole := _holder(path, saved):
-            faults.append(f"{what} lies in {whole}, which modules_to_save replaces; choose one")
-        elif reason := why_not_parameter(module, modules[path.rpartition(".")[0]], key):
-            faults.append(f"{what}: {reason}")
-        else:
-            depth = sum(other == path for other, _ in targets[index + 1 :])
-            planned.append(_planned_parameter(config, path, key, module, weight, depth))
-    return planned, faults
-
-
-def _planned_parameter(config: LoraConfig, path: str, key: str, module: nn.Module, weight: Tensor, depth: int) -> PlannedLayer:
+def _planned_parameter(config: LoraConfig, found: FoundParameter, module: nn.Module) -> PlannedLayer:
     """Which axis is called in and which out is PEFT's choice: of a stack it depends on the module's own word."""
-    is_transposed = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
-    rows, columns = weight.shape[-2:]
-    in_features, out_features = (rows, columns) if is_transposed else (columns, rows)
-    r = pattern_value(config.rank_pattern, f"{path}.{key}", config.r)
-    lora_alpha = pattern_value(config.alpha_pattern, f"{path}.{key}", config.lora_alpha)
+    shape = cast(Tensor, module._parameters[found.key]).shape
+    is_transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+    in_features, out_features = shape[-2:] if is_transposed else (shape[-1], shape[-2])
+    r = pattern_value(config.rank_pattern, found.name, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, found.name, config.lora_alpha)
     return PlannedLayer(
-        path,
-        parameter_kind(module, key),
+        found.path,
+        parameter_kind(module, found.key),
         in_features,
         out_features,
         r,
         lora_alpha,
         lora_scaling(r, lora_alpha, config.use_rslora),
         trains_bias=False,
-        parameter=key,
-        num_experts=weight.shape[0] if weight.ndim == 3 else 1,
+        parameter=found.key,
+        num_experts=shape[0] if len(shape) == 3 else 1,
         is_transposed=is_transposed,
-        depth=depth,
+        depth=found.depth,
     )
-
-
-def _parameter_names(modules: dict[str, nn.Module]) -> list[str]:
-    """Return the last one and the last two parts of the paths of parameters that might be meant."""
-    names: set[str] = set()
-    for path, module in modules.items():
-        for key, weight in module.named_parameters(recurse=False):
-            if path and weight.ndim in (2, 3):
-                names |= {key, f"{path.rpartition('.')[2]}.{key}"}
-    return sorted(names)
-
-
-def _inside_owner(layers: list[PlannedLayer], held: set[str]) -> Iterator[str]:
-    """Say what lies inside a module of which a parameter is adapted: PEFT would know it by another path."""
-    owners = sorted({layer.path for layer in layers if layer.kind is PARAMETER})
-    for path in sorted(held):
-        if owner := next((owner for owner in owners if path.startswith(f"{owner}.")), None):
-            yield f"{path} lies in {owner}, of which target_parameters adapts a parameter; adapt the two by adapters of their own"
 
 
 def _without_start(config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
@@ -389,7 +332,7 @@ def _saved_faults(modules: dict[str, nn.Module], saved: dict[str, int]) -> list[
     for path in saved:
         if reason := why_hidden(modules[path], modules[path.rpartition(".")[0]]):
             faults.append(f"modules_to_save: {path}: {reason}")
-        if whole := _holder(path.rpartition(".")[0], saved):
+        if whole := holder(path.rpartition(".")[0], saved):
             faults.append(f"modules_to_save: {path} lies in {whole}, which is saved whole already")
         if not any(True for _ in own_parameters(modules[path])):
             faults.append(f"modules_to_save: {path} has no parameters to train")
@@ -428,7 +371,7 @@ def _table_faults(modules: dict[str, nn.Module], tables: list[PlannedTable], hel
                 yield f"{what}: {path} is a {_class_name(modules[path])}; only Embedding and Linear layers have rows for tokens"
             elif reason := why_not(modules[path], modules[path.rpartition(".")[0]]):
                 yield f"{what}: {path}: {reason}"
-            elif path in held or path in seen or _holder(path, dict.fromkeys(held, 0)):
+            elif path in held or path in seen or holder(path, dict.fromkeys(held, 0)):
                 yield f"{what}: {path} is adapted or trained otherwise by this configuration too; choose one"
             seen.add(path)
         rows = cast(Tensor, modules[table.path]._parameters["weight"]).shape[0] if table.columns else 0
@@ -436,11 +379,6 @@ def _table_faults(modules: dict[str, nn.Module], tables: list[PlannedTable], hel
             yield f"{what} has {rows} rows; there is no row for tokens {bad[:10]}"
         if len(set(tokens)) < len(tokens) or not tokens:
             yield f"{what}: the list of tokens is empty or names one twice"
-
-
-def _holder(path: str, saved: dict[str, int]) -> str | None:
-    """Return the module of `saved` that `path` is or lies in."""
-    return next((whole for whole in saved if f"{path}.".startswith(f"{whole}.")), None)
 
 
 def _warnings(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from luthier import __version__
 from luthier.adapt.attaching import PairMaker, install, reinstall, set_trainable
-from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, parameter_targets, plan
+from luthier.adapt.parameters import parameter_targets
+from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start, roster_of
 from luthier.adapt.switching import disabled
 from luthier.core.config import LoraConfig

@@ -1,15 +1,14 @@
 """What is in an adapter folder, in numbers and words, without its base."""
 
-import re
 from typing import Any
 
 from luthier.core.adalora import adalora_scaling
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.lora import expert_factors, lora_scaling
-from luthier.core.names import is_target, matches_name, pattern_value
+from luthier.core.names import pattern_value
 from luthier.formats.card import named_targets
 from luthier.formats.folder import AdapterFolder
-from luthier.formats.keys import PREFIX, canonical_keys
+from luthier.formats.keys import PREFIX, canonical_keys, parameter_sizes
 
 
 def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
@@ -66,15 +65,14 @@ def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:
             r, num_experts = len(A), 1
             if isinstance(folder.config, AdaLoraConfig):
                 scaling = adalora_scaling(folder.config.init_r, folder.config.lora_alpha)
-            elif owned := _parameters_of(folder.config, path):
-                sizes = {_size(folder.config, name) for name in owned}
+            elif sizes := parameter_sizes(folder.config, path):
                 r, alpha = sizes.pop()
                 num_experts, rest = divmod(len(A), r)
                 if sizes or rest:
                     continue
                 scaling = lora_scaling(r, alpha, folder.config.use_rslora)
             else:
-                alpha = _size(folder.config, path)[1]
+                alpha = pattern_value(folder.config.alpha_pattern, path, folder.config.lora_alpha)
                 scaling = lora_scaling(r, alpha, folder.config.use_rslora)
             lora_E = tensors.get(f"{PREFIX}{path}.lora_E")
             EA = A if lora_E is None else A * lora_E.double()
@@ -91,17 +89,3 @@ def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:
                 }
             )
     return layers
-
-
-def _parameters_of(config: LoraConfig, path: str) -> list[str]:
-    """Return the paths of the parameters that a pair at `path` may be for, if it is not a layer's."""
-    owner = re.sub(r"(\.base_layer)+$", "", path)
-    if is_target(config, owner):
-        return []
-    split = [entry.rpartition(".") for entry in config.target_parameters or ()]
-    return [f"{owner}.{key}" for module, _, key in split if not module or matches_name(module, owner)]
-
-
-def _size(config: LoraConfig, name: str) -> tuple[int, float]:
-    r = pattern_value(config.rank_pattern, name, config.r)
-    return r, pattern_value(config.alpha_pattern, name, config.lora_alpha)

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from luthier.adapt.planning import AttachPlan, PlannedLayer
 from luthier.adapt.state import AdapterParameter
+from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterFormatError
+from luthier.core.names import is_target, matches_name, pattern_value
 
 PREFIX = "base_model.model."
 
@@ -45,6 +47,22 @@ def wrapped_path(item: AdapterParameter | PlannedLayer) -> str:
     one outermost.
     """
     return item.path + ".base_layer" * item.depth
+
+
+def parameter_sizes(config: LoraConfig, path: str) -> set[tuple[int, float]]:
+    """Return the (r, lora_alpha) that a pair at `path` may have if it is that of a parameter; none if it is a layer's.
+
+    Which parameter of the module it is for, the file does not say; with patterns there may be several answers.
+    """
+    owner = re.sub(r"(\.base_layer)+$", "", path)
+    if is_target(config, owner):
+        return set()
+    split = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    names = [f"{owner}.{key}" for module, _, key in split if not module or matches_name(module, owner)]
+    return {
+        (pattern_value(config.rank_pattern, name, config.r), pattern_value(config.alpha_pattern, name, config.lora_alpha))
+        for name in names
+    }
 
 
 def whole_key(path: str, key: str) -> str:

@@ -92,7 +92,7 @@ def test_names_mean_the_ends_of_paths_and_each_adapter_has_its_own(tiny_moe: Cal
         ("matrices.0", "a ParameterList is never called"),
         ("weight_ih_l0", "a LSTM reads its weights from a list of its own"),
         ("holder.tow", "matches nothing. Did you mean 'holder.two'"),
-        ("line", "'line' is a module: name it in target_modules"),
+        ("line", "It is a module: name it in target_modules"),
         ("lin", "matches nothing"),
     ],
 )
