@@ -162,21 +162,24 @@ def _kept_bytes(trainer: Trainer) -> tuple[float, float]:
     model = trainer.model
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
-    adapted = {f"{item.path}.{item.key}" for item in trainer.items if item.kind is PARAMETER}
-    sums = {model.get_parameter(name).nbytes for name in adapted}
+    owners = [model.get_submodule(path) for path in {item.path for item in trainer.items if item.kind is PARAMETER}]
+    sums: set[int] = set()
 
     def note(tensor: Tensor) -> None:
         # By storage, since several views of one are kept once; detached, since a graph that holds its output is never freed.
         address = tensor.untyped_storage().data_ptr()
         if address not in own:
             kept[address] = tensor.detach()
+            shown = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
+            if any(value.untyped_storage().data_ptr() == address for value in shown):
+                sums.add(address)
 
     noting = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
     with _leaving_no_trace(trainer), _without_checkpointing(model), noting:
         answer_loss(model, batch)
-    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    formed = sum(size for size in sizes if size in sums)
-    return (sum(sizes) - formed) / _cost(trainer, few), formed
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in kept.items()}
+    formed = sum(sizes[address] for address in sums)
+    return (sum(sizes.values()) - formed) / _cost(trainer, few), formed
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from luthier.formats.adapter_config import parse_config
 from luthier.formats.adapters import load_adapter, save_adapter
 from luthier.formats.contents import describe_adapter
 from luthier.formats.folder import read_adapter
+from luthier.formats.merged import save_merged
 
 MakeMoe = Callable[..., nn.Module]
 EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
@@ -96,3 +97,16 @@ def test_every_tensor_that_does_not_fit_is_told(tiny_moe: MakeMoe, tmp_path: Pat
 def test_files_that_could_not_be_applied_are_refused(others: dict[str, Any]) -> None:
     with pytest.raises(AdapterFormatError, match="target_parameters"):
         parse_config(json.dumps({"peft_type": "LORA", "target_parameters": EXPERTS, "total_step": 9} | others), "here")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_merged_checkpoint_is_read_back_by_plain_transformers(tiny_moe: MakeMoe, tmp_path: Path, model_type: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, ids = tiny_moe(model_type, layers=1), torch.tensor([[5, 17, 200, 3, 42]])
+    saved(model, tmp_path / "a")
+    save_merged(model, tmp_path / "merged")
+    with torch.no_grad():
+        unmerged = model(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager").eval()(ids).logits
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
