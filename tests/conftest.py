@@ -145,7 +145,57 @@ def tiny_gpt2() -> Callable[..., torch.nn.Module]:
     return make
 
 
-def _random_model(kind: type, config: object, dtype: torch.dtype, seed: int) -> torch.nn.Module:
+@pytest.fixture(scope="session")
+def tiny_moe() -> Callable[..., torch.nn.Module]:
+    """Return a factory of random mixture-of-experts models by model type, whose experts' weights are stacks (E, ., .).
+
+    "mixtral" and "qwen3_moe" store them (E, out, in), "gpt_oss" and "llama4_text" (E, in, out); gpt_oss alone says so.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(
+        model_type: str,
+        *,
+        layers: int = 2,
+        hidden: int = 16,
+        vocab: int = 211,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        experts: str = "eager",
+    ) -> torch.nn.Module:
+        config = AutoConfig.for_model(
+            model_type,
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=24,
+            moe_intermediate_size=24,
+            intermediate_size_mlp=24,
+            interleave_moe_layer_step=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            num_local_experts=5,
+            num_experts=5,
+            num_experts_per_tok=2,
+            vocab_size=vocab,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+        config._experts_implementation = experts
+        model = _random_model(AutoModelForCausalLM.from_config, config, dtype, seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # transformers starts them so small that experts hardly show in the output
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+def _random_model(kind: Callable[..., torch.nn.Module], config: object, dtype: torch.dtype, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return kind(config).to(dtype).eval()

@@ -26,7 +26,7 @@ from luthier.core.lora import init_embedding_pair, init_linear_pair
 from luthier.core.methods import keeps_start
 from luthier.core.names import check_adapter_name
 from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, own_parameters, restore, whole_bias, whole_copy
-from luthier.layers.pair import AdaLoraPair, LoraPair
+from luthier.layers.pair import AdaLoraPair, LoraPair, ParameterPair, ParameterPairs
 from luthier.layers.roster import Roster
 from luthier.layers.tokens import TokenRows
 
@@ -127,7 +127,13 @@ def _made(planned: AttachPlan, modules: dict[str, nn.Module], make_pair: PairMak
 def _put(planned: AttachPlan, modules: dict[str, nn.Module], made: Made, roster: Roster, name: str) -> None:
     pairs, replacements = made
     for layer, pair in pairs.items():
-        adapt(modules[layer.path], layer.kind.mixin, roster).lora[name] = pair
+        held = adapt(modules[layer.path], layer.kind.mixin, roster).lora
+        if layer.kind.word != "parameter":
+            held[name] = pair
+            continue
+        if name not in held:
+            held[name] = ParameterPairs().train(pair.training)
+        held[name].add_module(layer.parameter, pair)
     for path, replacement in replacements.items():
         adapt(modules[path], AdaptedModule, roster).replacements[name] = replacement
     roster.configs[name] = planned.config
@@ -154,10 +160,13 @@ def _check_restorable(model: nn.Module) -> None:
 
 
 def _pair(planned: AttachPlan, layer: PlannedLayer, module: nn.Module, make_pair: PairMaker) -> LoraPair:
-    lora_A, lora_B, *others = make_pair(planned, layer, next(own_parameters(module)))
+    own = cast(Tensor, module._parameters[layer.parameter]) if layer.parameter else next(own_parameters(module))
+    lora_A, lora_B, *others = make_pair(planned, layer, own)
     dropout, bias = planned.config.lora_dropout, whole_bias(module) if layer.trains_bias else None
     if layer.is_adalora:
         pair: LoraPair = AdaLoraPair(lora_A, lora_B, others[0], layer.scaling, dropout, bias)
+    elif layer.kind.word == "parameter":
+        pair = ParameterPair(lora_A, lora_B, layer.scaling, layer.num_experts, layer.is_transposed)
     elif layer.kind.word == "attention":
         out_A, out_B = others
         pair = LoraPair(lora_A, lora_B, layer.scaling, out=LoraPair(out_A, out_B, layer.scaling))
@@ -186,7 +195,7 @@ def _fresh_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tup
         _, _, *lora_bias = init_linear_pair(*sizes, False, weight.device, lora_bias=layer.lora_bias)
         start = start_of(init, weight.T if layer.kind.word == "conv1d" else weight, layer.r, layer.scaling)
         return *start, *(torch.zeros_like(each) for each in lora_bias)
-    return init_linear_pair(*sizes, init, weight.device, layer.kernel, layer.groups, layer.lora_bias)
+    return init_linear_pair(*sizes, init, weight.device, layer.kernel, layer.groups, layer.lora_bias, layer.num_experts)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from luthier.adapt.parameters import FoundParameter, find_parameters, holder, inside_owner
 from luthier.adapt.state import adapter_prefixes
 from luthier.core.adalora import adalora_scaling
 from luthier.core.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
@@ -16,12 +17,23 @@ from luthier.core.lora import lora_scaling
 from luthier.core.methods import needs_linear, why_no_start
 from luthier.core.names import block_index, is_inside_saved, is_saved_whole, is_target, matches_any, matches_name, pattern_value
 from luthier.layers.base import own_parameters
-from luthier.layers.kinds import LayerKind, layer_kind, why_hidden, why_no_magnitude, why_not
+from luthier.layers.kinds import (
+    PARAMETER,
+    LayerKind,
+    layer_kind,
+    parameter_kind,
+    why_hidden,
+    why_no_magnitude,
+    why_not,
+)
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer that gets a pair."""
+    """One layer that gets a pair, or one parameter: `path` is then that of the module which owns it.
+
+    `depth` is how many later parameters of the same module get one too; PEFT's names of their tensors follow it.
+    """
 
     path: str
     kind: LayerKind
@@ -36,13 +48,22 @@ class PlannedLayer:
     lora_bias: bool = False
     is_adalora: bool = False
     has_magnitude: bool = False
+    parameter: str = ""
+    num_experts: int = 1
+    is_transposed: bool = False
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """The path that rank_pattern and alpha_pattern are held against: that of a parameter ends with its own name."""
+        return f"{self.path}.{self.parameter}" if self.parameter else self.path
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Role -> shape of the tensors of the pair, in the order in which they are made."""
         shapes: dict[str, tuple[int, ...]] = {
-            "lora_A": (self.r, self.in_features, *self.kernel),
-            "lora_B": (self.out_features, self.r // self.groups, *(1 for _ in self.kernel)),
+            "lora_A": (self.r * self.num_experts, self.in_features, *self.kernel),
+            "lora_B": (self.out_features, self.r * self.num_experts // self.groups, *(1 for _ in self.kernel)),
         }
         if self.is_adalora:
             shapes["lora_E"] = (self.r, 1)
@@ -102,12 +123,18 @@ class AttachPlan:
 
     def __str__(self) -> str:
         names = Counter(
-            (layer.path.rsplit(".", 1)[-1], layer.in_features, layer.out_features, layer.r, layer.num_pair_parameters)
+            (
+                ".".join(layer.name.split(".")[-2:]) if layer.parameter else layer.path.rsplit(".", 1)[-1],
+                layer.in_features,
+                layer.out_features,
+                f"r={layer.r}" + (f" for each of {layer.num_experts} experts" if layer.num_experts > 1 else ""),
+                layer.num_pair_parameters,
+            )
             for layer in self.layers
         )
         lines = [f"{self.num_parameters:,} of {self.num_base_parameters:,} parameters are trained ({self.share:.2%})"]
-        for (name, in_features, out_features, r, each), count in names.items():
-            lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, r={r}: {each:,} each")
+        for (name, in_features, out_features, ranks, each), count in names.items():
+            lines.append(f"  {count:4d} x {name:16s} {in_features} -> {out_features}, {ranks}: {each:,} each")
         lines += [f"  saved whole: {path} ({count:,})" for path, count in self.saved.items()]
         lines += [f"  {len(table.tokens)} rows of {table.path} ({table.num_parameters:,})" for table in self.tables]
         if self.biases:
@@ -141,7 +168,7 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
             faults.append(f"{path} is a {_class_name(module)}; {only}")
         elif reason := why_not(module, modules[path.rpartition(".")[0]]) or (config.use_dora and why_no_magnitude(module)):
             faults.append(f"{path}: {reason}")
-        elif whole := _holder(path, saved):
+        elif whole := holder(path, saved):
             faults.append(f"{path} lies in {whole}, which modules_to_save replaces; name in modules_to_save only what it should")
         elif isinstance(config, AdaLoraConfig) and not is_linear(module):
             faults.append(f"{path} is a {_class_name(module)}; AdaLoRA adapts Linear and Conv1D layers")
@@ -156,13 +183,16 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
         else:
             layers.append(layer)
     faults += _unmatched(config, modules)
+    parameters, parameter_faults = find_parameters(config, modules, saved, {layer.path for layer in layers})
+    layers += [_planned_parameter(config, found, modules[found.path]) for found in parameters]
+    faults += parameter_faults
     faults += _without_start(config, layers)
     biases = {}
     if config.bias == "all":
         paired = {layer.path for layer in layers}
         for path, module in modules.items():
             bias = module._parameters.get("bias")
-            if not path or bias is None or path in paired or _holder(path, saved):
+            if not path or bias is None or path in paired or holder(path, saved):
                 continue
             if reason := why_hidden(module, modules[path.rpartition(".")[0]]):
                 faults.append(f"bias='all' trains the bias of {path}: {reason}")
@@ -172,6 +202,8 @@ def plan(model: nn.Module, config: LoraConfig) -> AttachPlan:
     tables = _planned_tables(model, modules, config)
     held = {*saved, *biases, *(layer.path for layer in layers)}
     faults += _table_faults(modules, tables, held)
+    held |= {path for table in tables for path in (table.path, *table.tied)}
+    faults += inside_owner({layer.path for layer in layers if layer.kind is PARAMETER}, held)
     if faults:
         raise TargetError(_listed(f"the configuration does not fit this {_class_name(model)} ({len(faults)} faults)", faults))
     warnings = _warnings(model, modules, given, config, layers, saved)
@@ -248,6 +280,29 @@ def _planned(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) 
     )
 
 
+def _planned_parameter(config: LoraConfig, found: FoundParameter, module: nn.Module) -> PlannedLayer:
+    """Which axis is called in and which out is PEFT's choice: of a stack it depends on the module's own word."""
+    shape = cast(Tensor, module._parameters[found.key]).shape
+    is_transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+    in_features, out_features = shape[-2:] if is_transposed else (shape[-1], shape[-2])
+    r = pattern_value(config.rank_pattern, found.name, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, found.name, config.lora_alpha)
+    return PlannedLayer(
+        found.path,
+        parameter_kind(module, found.key),
+        in_features,
+        out_features,
+        r,
+        lora_alpha,
+        lora_scaling(r, lora_alpha, config.use_rslora),
+        trains_bias=False,
+        parameter=found.key,
+        num_experts=shape[0] if len(shape) == 3 else 1,
+        is_transposed=is_transposed,
+        depth=found.depth,
+    )
+
+
 def _without_start(config: LoraConfig, layers: list[PlannedLayer]) -> Iterator[str]:
     """Say which layers cannot begin as init_lora_weights asks."""
     init = config.init_lora_weights
@@ -287,7 +342,7 @@ def _saved_faults(modules: dict[str, nn.Module], saved: dict[str, int]) -> list[
     for path in saved:
         if reason := why_hidden(modules[path], modules[path.rpartition(".")[0]]):
             faults.append(f"modules_to_save: {path}: {reason}")
-        if whole := _holder(path.rpartition(".")[0], saved):
+        if whole := holder(path.rpartition(".")[0], saved):
             faults.append(f"modules_to_save: {path} lies in {whole}, which is saved whole already")
         if not any(True for _ in own_parameters(modules[path])):
             faults.append(f"modules_to_save: {path} has no parameters to train")
@@ -326,7 +381,7 @@ def _table_faults(modules: dict[str, nn.Module], tables: list[PlannedTable], hel
                 yield f"{what}: {path} is a {_class_name(modules[path])}; only Embedding and Linear layers have rows for tokens"
             elif reason := why_not(modules[path], modules[path.rpartition(".")[0]]):
                 yield f"{what}: {path}: {reason}"
-            elif path in held or path in seen or _holder(path, dict.fromkeys(held, 0)):
+            elif path in held or path in seen or holder(path, dict.fromkeys(held, 0)):
                 yield f"{what}: {path} is adapted or trained otherwise by this configuration too; choose one"
             seen.add(path)
         rows = cast(Tensor, modules[table.path]._parameters["weight"]).shape[0] if table.columns else 0
@@ -349,13 +404,8 @@ def _tied_copies(modules: dict[str, nn.Module], saved: dict[str, int]) -> tuple[
 
 def _sharing(model: nn.Module, modules: dict[str, nn.Module], saved: dict[str, int]) -> dict[str, int]:
     """Return the modules beside `saved` that hold a weight of one of those, as PEFT adds them."""
-    shared = [paths for paths in _tied_modules(model).values() if any(_holder(path, saved) for path in paths)]
-    return {path: _count(modules[path]) for paths in shared for path in paths if not _holder(path, saved)}
-
-
-def _holder(path: str, saved: dict[str, int]) -> str | None:
-    """Return the module of `saved` that `path` is or lies in."""
-    return next((whole for whole in saved if f"{path}.".startswith(f"{whole}.")), None)
+    shared = [paths for paths in _tied_modules(model).values() if any(holder(path, saved) for path in paths)]
+    return {path: _count(modules[path]) for paths in shared for path in paths if not holder(path, saved)}
 
 
 def _warnings(
@@ -384,7 +434,7 @@ def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: l
         for expression in getattr(config, field_name):
             # AdaLoRA's keys are a layer's path and the name of its tensor.
             named = expression.removesuffix(".lora_E") if isinstance(config, AdaLoraConfig) else expression
-            if not any(pattern_value({named: True}, layer.path, False) for layer in layers):
+            if not any(pattern_value({named: True}, layer.name, False) for layer in layers):
                 yield f"{field_name} key {expression!r} matches no adapted layer and has no effect"
     excluded = config.exclude_modules or []
     for entry in [excluded] if isinstance(excluded, str) else excluded:
@@ -392,8 +442,10 @@ def _without_effect(modules: dict[str, nn.Module], config: LoraConfig, layers: l
             yield f"exclude_modules entry {entry!r} matches nothing and has no effect"
     chosen = config.layers_to_transform
     for index in [chosen] if isinstance(chosen, int) else chosen or []:
-        if not any(block_index(layer.path, config.layers_pattern) == index for layer in layers):
+        if not any(block_index(layer.path, config.layers_pattern) == index for layer in layers if not layer.parameter):
             yield f"layers_to_transform index {index} matches no adapted layer and has no effect"
+    if config.target_parameters and (config.exclude_modules or chosen not in (None, [])):
+        yield "exclude_modules and layers_to_transform do not choose among target_parameters, here and in PEFT; give longer paths"
     if config.bias == "lora_only" and layers and not any(layer.trains_bias for layer in layers):
         yield "bias='lora_only' has no effect: no adapted layer has a bias"
     for word in ("embedding", "attention"):

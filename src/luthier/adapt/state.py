@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor, nn
 
 from luthier.core.errors import AdapterStateError
 from luthier.layers.base import AdaptedModule
-from luthier.layers.kinds import LayerKind, layer_kind
-from luthier.layers.pair import AdaLoraPair, LoraPair
+from luthier.layers.kinds import PARAMETER, LayerKind, layer_kind
+from luthier.layers.pair import AdaLoraPair, LoraPair, ParameterPairs
 from luthier.layers.roster import Roster
 from luthier.layers.tokens import TokenRows
 
@@ -71,6 +70,8 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 class AdapterParameter:
     """One trained tensor: `role` is its name in the pair at `path` (lora_A, lora_B, lora_E, lora_bias, bias, magnitude), `rows`
     of a table, or `whole` with the key of the replaced one.
+
+    In the pair of a parameter `key` is its name, and `depth` how many of the module's later parameters the adapter has pairs for.
     """
 
     path: str
@@ -79,14 +80,19 @@ class AdapterParameter:
     kind: LayerKind | None = None
     key: str = ""
     is_adalora: bool = False
+    depth: int = 0
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[AdapterParameter]:
     """Yield every trained tensor of the adapter `name`, in the model's order. Raises: AdapterStateError if there is none."""
     roster_of(model).check(name)
     for path, module in adapted_modules(model):
-        if name in module.lora:
-            pair = cast(LoraPair, module.lora[name])
+        pair = module.lora[name] if name in module.lora else nn.Module()
+        if isinstance(pair, ParameterPairs):
+            for depth, (key, part) in reversed(list(enumerate(reversed(list(pair.named_children()))))):
+                for role, parameter in part.named_parameters():
+                    yield AdapterParameter(path, role, parameter, PARAMETER, key, depth=depth)
+        elif name in module.lora:
             for role, parameter in pair.named_parameters():
                 yield AdapterParameter(path, role, parameter, layer_kind(module), is_adalora=isinstance(pair, AdaLoraPair))
         if name not in module.replacements:
@@ -101,8 +107,8 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[Adap
 
 def pairs_with_start(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
     """Return path -> pair for the pairs of the adapter `name` that keep what they began with."""
-    pairs = {path: cast(LoraPair, module.lora[name]) for path, module in adapted_modules(model) if name in module.lora}
-    return {path: pair for path, pair in pairs.items() if pair.has_start}
+    pairs = {path: module.lora[name] for path, module in adapted_modules(model) if name in module.lora}
+    return {path: pair for path, pair in pairs.items() if isinstance(pair, LoraPair) and pair.has_start}
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -54,6 +54,11 @@ class LoraConfig(Settings):
     ensure_weight_tying: bool = Field(
         False, description="modules of modules_to_save that share a weight in the base (a tied head) share the trained one too"
     )
+    target_parameters: list[str] | None = Field(
+        None,
+        description="parameters of 2 or 3 axes to adapt themselves, by the last parts of their paths, such as "
+        "'experts.down_proj': the stacked weights of experts, which belong to no layer",
+    )
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -88,7 +93,8 @@ class LoraConfig(Settings):
                 re.compile(expression)
             except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
-        if not self.target_modules and not self.modules_to_save and not self.trainable_token_indices:
+        others = (self.modules_to_save, self.trainable_token_indices, self.target_parameters)
+        if not self.target_modules and not any(others):
             raise ValueError("target_modules is empty and modules_to_save too: nothing would be trained")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
@@ -103,6 +109,23 @@ class LoraConfig(Settings):
             raise ValueError("lora_bias has no place in use_dora, which rescales the weight alone; leave one of them out")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
+        return self
+
+    @model_validator(mode="after")
+    def _parameters_can_be_adapted(self) -> Self:
+        if not self.target_parameters:
+            return self
+        faults = []
+        if self.lora_dropout:
+            faults.append("lora_dropout: the update is part of a weight, which never meets an input of its own")
+        if self.lora_bias:
+            faults.append("lora_bias: a parameter has no output to which a bias could be added")
+        if self.use_dora:
+            faults.append("use_dora: its magnitude is one number for each output of a layer")
+        if self.bias != "none":
+            faults.append(f"bias='{self.bias}': which biases belong to a parameter cannot be told")
+        if faults:
+            raise ValueError("target_parameters do not go together with " + "; with ".join(faults))
         return self
 
 
@@ -148,6 +171,8 @@ class AdaLoraConfig(LoraConfig):
         faults = [f"{key} has no effect in AdaLoRA: {why}" for key, why in self.NO_EFFECT.items() if self._differs(key)]
         if not isinstance(self.init_lora_weights, bool):
             faults.append(f"init_lora_weights={self.init_lora_weights!r} has no effect in AdaLoRA; use True or False")
+        if self.target_parameters:
+            faults.append("target_parameters cannot be adapted by AdaLoRA, which is for Linear and Conv1D layers; use LoRA")
         if self.target_r > self.init_r:
             faults.append(f"target_r is {self.target_r}, more than init_r, {self.init_r}: ranks only go; raise init_r")
         if self.total_step is not None and self.tinit + self.tfinal >= self.total_step:

@@ -2,12 +2,14 @@
 
 Shape letters: R rank, I in_features, O out_features, V rows of an embedding table; `...` any leading axes. For convolutions
 I and O are channels, G groups, K the axes of the kernel and L those of the image; a batch axis in front is optional.
+For stacked weights E experts, of which each is a matrix of M rows and N columns as it is stored.
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1:
 
     h = W x + scaling * B A x        A: (R, I), B: (O, R), B = 0 at the start, so the first forward is the base's
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -75,6 +77,28 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return delta.unflatten(1, lora_A.shape[1:]) * scaling
 
 
+def expert_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int, is_transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """Return views (left (E, M, R), right (E, R, N)) with left[e] @ right[e] the product of expert e as its weight is stored.
+
+    Shapes: lora_A (E R, I), expert by expert; lora_B (O, R E), whose columns run over the experts fastest. That is B_e A_e for
+    weights (E, O, I), and A_e^T B_e^T for weights (E, I, O), `is_transposed`. The layout is PEFT's.
+    """
+    A_ERI = lora_A.unflatten(0, (num_experts, -1))
+    B_EOR = lora_B.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+    return (A_ERI.mT, B_EOR.mT) if is_transposed else (B_EOR, A_ERI)
+
+
+def lora_experts(weight: Tensor, updates: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """Return weight + the sum of scaling * left @ right over `updates`, each (left, right, scaling) of one adapter.
+
+    Shapes: weight (E, M, N), left (E, M, R), right (E, R, N) -> (E, M, N) in weight's dtype. One product for all adapters, with
+    the small factors cast to weight's dtype: nothing but the result is as large as the stack.
+    """
+    left = torch.cat([scaling * left for left, _, scaling in updates], dim=-1)
+    right = torch.cat([right for _, right, _ in updates], dim=-2)
+    return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype))
+
+
 def fold(weight: Tensor, deltas: list[Tensor]) -> Tensor:
     """Return weight + sum(deltas), summed in float32 (or wider, if the weight is) and rounded once to the weight's dtype."""
     total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
@@ -92,15 +116,17 @@ def init_linear_pair(
     kernel: tuple[int, ...] = (),
     groups: int = 1,
     lora_bias: bool = False,
+    num_experts: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Return a fresh (lora_A (R, I), lora_B (O, R)) in float32 for a linear layer; (R, I, K...), (O, R / G, 1...) with a kernel.
+    """Return a fresh (lora_A (R, I), lora_B (O, R)) in float32 for a linear layer; (R, I, K...), (O, R / G, 1...) with a kernel;
+    (E R, I), (O, R E) for the stacked weights of E experts.
 
     `init`: True is kaiming-uniform A and zero B; "gaussian" is A ~ N(0, 1/r^2) and zero B; False leaves both random. With
     `lora_bias` there is a third tensor, the bias (O,) of lora_B, which starts as lora_B does.
     torch's generator is drawn from in the order PEFT does it, so one seed gives the same adapter in both.
     """
-    lora_A = torch.empty(r, in_features, *kernel, device=device)
-    lora_B = torch.empty(out_features, r // groups, *(1 for _ in kernel), device=device)
+    lora_A = torch.empty(r * num_experts, in_features, *kernel, device=device)
+    lora_B = torch.empty(out_features, r * num_experts // groups, *(1 for _ in kernel), device=device)
     torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
     torch.nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
     bound = 1 / math.sqrt(lora_B.shape[1])

@@ -30,7 +30,6 @@ _UNUSED: dict[str, Any] = {
     "lora_ga_config": None,
     "megatron_config": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -70,7 +69,7 @@ def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mappin
     values |= {"fan_in_fan_out": fan_in_fan_out, "auto_mapping": auto_mapping}
     if config.init_lora_weights in _SPENT_INITS:
         values["init_lora_weights"] = True
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(values[key], list):
             values[key] = sorted(values[key])
     values["lora_alpha"] = _whole(values["lora_alpha"])
@@ -122,7 +121,8 @@ def parse_config(text: str, where: str) -> LoraConfig:
         values["init_lora_weights"] = True
     if values.get("target_modules") is None:
         values["target_modules"] = []
-    values["trainable_token_indices"] = values.get("trainable_token_indices") or None
+    for key in ("trainable_token_indices", "target_parameters"):
+        values[key] = values.get(key) or None
     for key in ("rank_pattern", "alpha_pattern"):
         values[key] = values.get(key) or {}
     if method is AdaLoraConfig:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from luthier import __version__
 from luthier.adapt.attaching import PairMaker, install, reinstall, set_trainable
+from luthier.adapt.parameters import parameter_targets
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start, roster_of
 from luthier.adapt.switching import disabled
@@ -28,7 +29,7 @@ from luthier.formats.adapter_config import converted_config, dump_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
-from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, rows_key, whole_key
+from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, rows_key, whole_key, wrapped_path
 from luthier.formats.plain_lora import plain_lora
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import layer_kind
@@ -171,7 +172,7 @@ def _load(
     verdict = check_base(model, folder, force=force)
 
     def stored_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, ...]:
-        keys = [pair_key(layer.path, role, layer.kind.word, layer.is_adalora) for role in layer.shapes]
+        keys = [pair_key(wrapped_path(layer), role, layer.kind.word, layer.is_adalora) for role in layer.shapes]
         return tuple(_master(tensors[key], weight.device) for key in keys)
 
     put(model, planned, name, stored_pair)
@@ -269,12 +270,15 @@ def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: s
         targets = [entry for entry in targets if any(matches_name(entry, path) and is_target(config, path) for path in modules)]
     if saved:
         saved = [entry for entry in saved if any(path.endswith(entry) for path in modules)]
-    if (targets, saved) == (config.target_modules, config.modules_to_save) or not (targets or saved):
+    parameters = [entry for entry in config.target_parameters or () if parameter_targets(modules, [entry])] or None
+    kept = (targets, saved, parameters)
+    if kept == (config.target_modules, config.modules_to_save, config.target_parameters) or not any(kept):
         return config
     named = [*(config.target_modules if isinstance(config.target_modules, list) else ()), *(config.modules_to_save or ())]
-    if unknown := [entry for entry in named if not any(path.endswith(entry) for path in modules)]:
+    unknown = [entry for entry in named if not any(path.endswith(entry) for path in modules)]
+    if unknown := unknown + [entry for entry in config.target_parameters or () if entry not in (parameters or ())]:
         log.warning(f"{described}: names that match nothing in this model are left out: {', '.join(map(repr, unknown))}")
-    return config.changed(target_modules=targets, modules_to_save=saved)
+    return config.changed(target_modules=targets, modules_to_save=saved, target_parameters=parameters)
 
 
 def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> bool:

@@ -16,12 +16,11 @@ def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
         lines.append("pipeline_tag: text-generation")
     lines += ["tags:", f"- 'base_model:adapter:{quoted}'", "- lora", "- transformers", "---", ""]
     lines += [f"# LoRA adapter for {base or 'a base model'}", ""]
-    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
     variants = (", rsLoRA" if config.use_rslora else "") + (", DoRA" if config.use_dora else "")
     rank = f"rank {config.r}"
     if isinstance(config, AdaLoraConfig):
         rank = f"AdaLoRA, rank {config.target_r} of {config.init_r} on average"
-    lines += [f"- {rank}, alpha {config.lora_alpha:g}{variants}", f"- on {targets}", ""]
+    lines += [f"- {rank}, alpha {config.lora_alpha:g}{variants}", f"- on {named_targets(config)}", ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in sorted(metrics.items())]
@@ -37,3 +36,10 @@ def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def named_targets(config: LoraConfig) -> str:
+    """Return what the adapter adapts, as its configuration names it, in one line."""
+    if isinstance(config.target_modules, str):
+        return ", ".join([config.target_modules, *sorted(config.target_parameters or ())])
+    return ", ".join(sorted([*config.target_modules, *(config.target_parameters or ())]))

@@ -4,6 +4,7 @@ from typing import Any
 
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.spectrum import factored_norm
+from luthier.formats.card import named_targets
 from luthier.formats.folder import AdapterFolder
 from luthier.formats.pairs import stored_pairs
 
@@ -11,19 +12,19 @@ from luthier.formats.pairs import stored_pairs
 def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
     """Return what `luthier inspect` shows: plain values, ready for JSON.
 
-    The norm of each layer's update is that of scaling * B A (Frobenius).
+    The norm of each layer's update is that of scaling * B A (Frobenius). Experts are told one by one; which parameter a pair of
+    theirs is for, the base would have to tell, so where patterns give those of one module different ranks, they are left out.
     """
     config, note = folder.config, folder.note
     base = note.get("base") or {}
     recipe = note.get("recipe") or {}
-    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(sorted(config.target_modules))
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in folder.tensors.values()})
     return {
         "folder": str(folder.path),
         "base": config.base_model_name_or_path,
         "fingerprint": (base.get("sample_digest") or "")[:16] or None,
         "method": _method(config),
-        "targets": targets,
+        "targets": named_targets(config),
         "parameters": f"{folder.num_parameters:,}",
         "num_parameters": folder.num_parameters,
         "size": f"{folder.num_bytes / 1e6:.2f} MB",

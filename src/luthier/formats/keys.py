@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from luthier.adapt.planning import AttachPlan, PlannedLayer
 from luthier.adapt.state import AdapterParameter
+from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterFormatError
+from luthier.core.names import is_target, matches_name, pattern_value
 
 PREFIX = "base_model.model."
 
@@ -37,7 +39,30 @@ def item_key(item: AdapterParameter) -> str:
         return rows_key(item.path)
     if item.kind is None:
         return whole_key(item.path, item.key)
-    return pair_key(item.path, item.role, item.kind.word, item.is_adalora)
+    return pair_key(wrapped_path(item), item.role, item.kind.word, item.is_adalora)
+
+
+def wrapped_path(item: AdapterParameter | PlannedLayer) -> str:
+    """Return the path that a pair's tensors are known by: PEFT wraps a module once for each adapted parameter of it, the last
+    one outermost.
+    """
+    return item.path + ".base_layer" * item.depth
+
+
+def parameter_sizes(config: LoraConfig, path: str) -> set[tuple[int, float]]:
+    """Return the (r, lora_alpha) that a pair at `path` may have if it is that of a parameter; none if it is a layer's.
+
+    Which parameter of the module it is for, the file does not say; with patterns there may be several answers.
+    """
+    owner = re.sub(r"(\.base_layer)+$", "", path)
+    if is_target(config, owner):
+        return set()
+    split = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    names = [f"{owner}.{key}" for module, _, key in split if not module or matches_name(module, owner)]
+    return {
+        (pattern_value(config.rank_pattern, name, config.r), pattern_value(config.alpha_pattern, name, config.lora_alpha))
+        for name in names
+    }
 
 
 def whole_key(path: str, key: str) -> str:
@@ -60,7 +85,7 @@ def pair_shapes(layer: PlannedLayer) -> dict[str, tuple[int, ...]]:
 def expected_shapes(planned: AttachPlan, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return key -> shape of all that the file of a planned adapter must hold; `whole` are its replaced parameters."""
     pairs = {
-        pair_key(layer.path, role, layer.kind.word, layer.is_adalora): shape
+        pair_key(wrapped_path(layer), role, layer.kind.word, layer.is_adalora): shape
         for layer in planned.layers
         for role, shape in pair_shapes(layer).items()
     }

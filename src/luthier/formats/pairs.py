@@ -5,7 +5,7 @@ convolution with its window flattened, (O, I K...), of AdaLoRA with lora_E folde
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from torch import Tensor
 from luthier.core.adalora import adalora_scaling
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterFormatError
-from luthier.core.lora import lora_scaling
+from luthier.core.lora import expert_factors, lora_scaling
 from luthier.core.names import pattern_value
 from luthier.formats.folder import AdapterFolder
-from luthier.formats.keys import PREFIX, canonical_keys
+from luthier.formats.keys import PREFIX, canonical_keys, parameter_sizes
 
 # Of lora_A and lora_B: Linear and convolutions, embeddings, AdaLoRA.
 _SUFFIXES = (
@@ -38,7 +38,7 @@ class StoredPair:
     path: str
     owner: str
     kind: str
-    """linear, embedding, convolution or attention (the input projections of one)"""
+    """linear, embedding, convolution, attention (the input projections of one) or expert (one of those that share a tensor)"""
     scaling: float
     lora_A: Tensor
     lora_B: Tensor
@@ -80,7 +80,7 @@ def stored_pairs(folder: AdapterFolder) -> list[StoredPair]:
     paired = {key for keys in found for key in keys}
     ends = tuple(suffix for suffixes in _SUFFIXES for suffix in suffixes)
     faults = [f"{key} has no other half" for key in tensors if key.endswith(ends) and key not in paired]
-    pairs = [_pair(folder.config, tensors, key_A, key_B) for key_A, key_B in found]
+    pairs = [pair for key_A, key_B in found for pair in _pairs(folder.config, tensors, key_A, key_B)]
     for pair in pairs:
         columns = pair.lora_B.shape[1]
         if pair.r % columns if columns and pair.lora_B.ndim > 2 else pair.r != columns:
@@ -104,6 +104,24 @@ def _found(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
             other = key.removesuffix(end_A) + end_B
             if key.endswith(end_A) and other in tensors:
                 yield key, other
+
+
+def _pairs(config: LoraConfig, tensors: dict[str, Tensor], key_A: str, key_B: str) -> list[StoredPair]:
+    """Return the pair of a layer, or those of the experts of a parameter, whose path ends in the expert's number."""
+    pair = _pair(config, tensors, key_A, key_B)
+    sizes = parameter_sizes(config, pair.path)
+    if not sizes:
+        return [pair]
+    (r, alpha), *others = sizes
+    num_experts, rest = divmod(pair.r, r)
+    if others or rest or pair.lora_B.ndim != 2 or pair.lora_B.shape[1] != pair.r:
+        return []  # the file does not say which of its module's parameters this is, and so neither its rank
+    lefts, rights = expert_factors(pair.lora_A, pair.lora_B, num_experts)
+    scaling = lora_scaling(r, alpha, config.use_rslora)
+    return [
+        replace(pair, path=f"{pair.path}.{expert}", kind="expert", scaling=scaling, lora_A=right, lora_B=left)
+        for expert, (left, right) in enumerate(zip(lefts, rights, strict=True))
+    ]
 
 
 def _pair(config: LoraConfig, tensors: dict[str, Tensor], key_A: str, key_B: str) -> StoredPair:

@@ -42,17 +42,24 @@ class AdaptedModule(nn.Module):
     replacements: nn.ModuleDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        live = self.roster.live
-        replaced = next((name for name in live if name in self.replacements), None)
-        if replaced is None:
-            output = super().forward(*args, **kwargs)
-        else:
-            output = self._forward_replaced(self.replacements[replaced], args, kwargs)
-        if pairs := [(name, weight) for name, weight in live.items() if name in self.lora]:
+        output = self.without_pairs(*args, **kwargs)
+        if pairs := [(name, weight) for name, weight in self.roster.live.items() if name in self.lora]:
             x = args[0] if args else next(iter(kwargs.values()))
             for name, weight in pairs:
                 output = self.with_pair(output, x, cast(LoraPair, self.lora[name]), weight)
         return output
+
+    @property
+    def live_replacement(self) -> nn.Module | None:
+        """What stands for this module now, if anything does."""
+        return next((self.replacements[name] for name in self.roster.live if name in self.replacements), None)
+
+    def without_pairs(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module, or what an adapter puts in its place, computes before any pair is added."""
+        replacement = self.live_replacement
+        if replacement is None:
+            return super().forward(*args, **kwargs)
+        return self._forward_replaced(replacement, args, kwargs)
 
     def with_pair(self, output: Tensor, x: Tensor, pair: LoraPair, weight: float) -> Tensor:
         """Return the layer's output with one adapter's low-rank part added, times `weight`."""

@@ -11,6 +11,7 @@ from luthier.layers.base import ADDED, AdaptedModule
 from luthier.layers.conv import LoraConvolution
 from luthier.layers.embedding import LoraEmbedding
 from luthier.layers.linear import LoraConv1D, LoraLinear
+from luthier.layers.parameters import LoraParameters
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ EMBEDDING = LayerKind("embedding", LoraEmbedding)
 CONV1D = LayerKind("conv1d", LoraConv1D)
 CONVOLUTION = LayerKind("convolution", LoraConvolution)
 ATTENTION = LayerKind("attention", LoraAttention)
+PARAMETER = LayerKind("parameter", LoraParameters)
+"""Any module of which parameters are adapted; `sizes` are those of a parameter, not of the module."""
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
@@ -82,6 +85,8 @@ def why_not(module: nn.Module, parent: nn.Module) -> str | None:
     """Return why a pair on this layer would be ignored or wrong, or None if nothing speaks against it."""
     if reason := why_hidden(module, parent):
         return reason
+    if isinstance(module, LoraParameters) and module.lora:
+        return "another adapter adapts its parameters themselves (target_parameters); detach that one first"
     is_attention = isinstance(module, nn.MultiheadAttention)
     weight = module._parameters.get("in_proj_weight" if is_attention else "weight")
     if weight is None and is_attention:
@@ -95,6 +100,37 @@ def why_not(module: nn.Module, parent: nn.Module) -> str | None:
     axes = 2 + len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 2
     if weight.ndim != axes:
         return f"its weight has shape {tuple(weight.shape)}, not {axes} axes (sharded or offloaded?)"
+    return None
+
+
+def parameter_kind(module: nn.Module, key: str) -> LayerKind:
+    """Return what carries a pair on the parameter `key` of `module`.
+
+    A linear layer's weight gets the pair of the layer itself: it computes the same, and the sum is never formed.
+    """
+    return LINEAR if isinstance(module, nn.Linear) and key == "weight" and not _has_own_forward(module) else PARAMETER
+
+
+def why_not_parameter(module: nn.Module, parent: nn.Module, key: str) -> str | None:
+    """Return why a pair on the parameter `key` of `module` would be ignored or wrong, or None if nothing speaks against it."""
+    if parameter_kind(module, key) is LINEAR:
+        return why_not(module, parent)
+    if reason := why_hidden(module, parent):
+        return reason
+    weight = cast(Tensor, module._parameters[key])
+    base = module.base_class if isinstance(module, AdaptedModule) else type(module)
+    if base.forward is nn.Module.forward:
+        return f"a {base.__name__} is never called, so whoever reads the parameter would read it without the adapter"
+    if isinstance(module, nn.RNNBase):
+        return f"a {base.__name__} reads its weights from a list of its own, without the adapter"
+    if isinstance(module, nn.Embedding):
+        return "it is an embedding's table; name the embedding in target_modules"
+    if isinstance(module, AdaptedModule) and module.lora and not isinstance(module, LoraParameters):
+        return "another adapter adapts the layer itself (target_modules); detach that one first"
+    if weight.ndim not in (2, 3):
+        return f"it has shape {tuple(weight.shape)}; only matrices and stacks of matrices, 2 or 3 axes, can be adapted"
+    if not weight.is_floating_point() or weight.itemsize < 2:
+        return f"it is stored as {weight.dtype}; only float16, bfloat16, float32 and float64 can be adapted"
     return None
 
 
@@ -118,12 +154,20 @@ def why_not_folded(module: nn.Module) -> str | None:
     With groups the update is (O, I, K...) and reaches every input channel, while the weight (O, I / groups, K...) has only
     those of its own group.
     """
+    if isinstance(module, LoraParameters) and module.lora:
+        return None  # its own forward reads the very sum that a merge writes
     base = module.base_class if isinstance(module, AdaptedModule) else type(module)
     if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
         return None
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
         return f"has {module.groups} groups, and its weight has no place for an update that reaches from one to another"
-    families: list[Any] = [cls for cls in base.__mro__ if cls.__module__.startswith(("torch.nn", "transformers.pytorch_utils"))]
-    if base.forward is not families[0].forward:
+    if _has_own_forward(module):
         return f"is a {base.__name__} with a forward of its own, so folding the update into its weight may change its output"
     return None
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Return whether the module's class computes something else than the layer of torch or transformers that it comes from."""
+    base = module.base_class if isinstance(module, AdaptedModule) else type(module)
+    families: list[Any] = [cls for cls in base.__mro__ if cls.__module__.startswith(("torch.nn", "transformers.pytorch_utils"))]
+    return base.forward is not families[0].forward

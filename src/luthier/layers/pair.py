@@ -1,4 +1,7 @@
-"""LoraPair: the trained numbers of one adapter in one layer. AdaLoraPair: those of a method whose ranks move."""
+"""LoraPair: the trained numbers of one adapter in one layer. AdaLoraPair: those of a method whose ranks move.
+
+ParameterPair: those of one adapter for one parameter; ParameterPairs: for all it adapts of one module.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.dora import dora_delta, dora_norm, row_squares
-from luthier.core.lora import lora_delta
+from luthier.core.lora import expert_factors, lora_delta
 
 
 class LoraPair(nn.Module):
@@ -137,6 +140,35 @@ class AdaLoraPair(LoraPair):
         """Keep the triplets where `mask` (R,) is true; the parameters become other, smaller ones."""
         for name, parameter in (("lora_A", self.lora_A[mask]), ("lora_B", self.lora_B[:, mask]), ("lora_E", self.lora_E[mask])):
             setattr(self, name, nn.Parameter(parameter.detach().clone(), requires_grad=getattr(self, name).requires_grad))
+
+
+class ParameterPair(LoraPair):
+    """lora_A (E R, I) and lora_B (O, R E) of a parameter that holds the matrices of E experts, or one matrix (E = 1).
+
+    `is_transposed`: the parameter is stored (E, I, O), not (E, O, I).
+    """
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, num_experts: int = 1, is_transposed: bool = False):
+        super().__init__(lora_A, lora_B, scaling)
+        self.num_experts, self.is_transposed = num_experts, is_transposed
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0] // self.num_experts
+
+    def expert_factors(self) -> tuple[Tensor, Tensor]:
+        """Return (left (E, M, R), right (E, R, N)), of which the product is each expert's update without the scaling."""
+        return expert_factors(self.lora_A, self.lora_B, self.num_experts, self.is_transposed)
+
+    def delta(self) -> Tensor:
+        """Return the dense update (E, M, N), as the parameter is stored, in float32 or wider."""
+        left, right = (factor.detach() for factor in self.expert_factors())
+        dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+        return (left.to(dtype) @ right.to(dtype)) * self.scaling
+
+
+class ParameterPairs(nn.Module):
+    """One adapter in a module of which it adapts parameters: each child is the ParameterPair of the parameter of its name."""
 
 
 class KnownNorm:

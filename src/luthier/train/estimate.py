@@ -18,6 +18,7 @@ from torch import Tensor
 
 from luthier.data.batches import padded_length
 from luthier.engine.score import answer_loss
+from luthier.layers.kinds import PARAMETER
 from luthier.ops.cross_entropy import CHUNK_BYTES
 from luthier.train.loop import Trainer
 from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory
@@ -109,9 +110,10 @@ def estimate_memory(trainer: Trainer, held_bytes: int, calibration: Calibration 
     hidden = getattr(config, "hidden_size", None) or 0
     layers = getattr(config, "num_hidden_layers", None) or 1
     itemsize = prepared.base.dtype_choice.dtype.itemsize
-    kept = _kept_bytes_per_token(trainer)
+    kept, formed = _kept_bytes(trainer)
     if prepared.settings.train.gradient_checkpointing:
         kept = layers * itemsize * hidden + kept / layers  # the inputs of all layers, and one layer in full
+        formed /= layers
     working = itemsize * WORKING_WIDTHS * (getattr(config, "intermediate_size", None) or 4 * hidden)
     logits = labelled * vocabulary_size(prepared.base.model) * LOGIT_BYTES
     head_bytes = min(3 * CHUNK_BYTES, logits) if prepared.fusion.head_is_plain else logits
@@ -119,12 +121,12 @@ def estimate_memory(trainer: Trainer, held_bytes: int, calibration: Calibration 
     working_bytes = max(largest * working, head_bytes)
     if calibration is not None:
         gradients = num_trained * MASTER_BYTES
-        unreckoned = calibration.peak_bytes - held_bytes - gradients - calibration.largest * kept
+        unreckoned = calibration.peak_bytes - held_bytes - gradients - calibration.largest * kept - formed
         working_bytes = max(working_bytes, round(unreckoned + (largest - calibration.largest) * working))
     return MemoryEstimate(
         held_bytes=held_bytes,
         optimizer_bytes=num_trained * 3 * MASTER_BYTES,
-        activation_bytes=round(largest * kept),
+        activation_bytes=round(largest * kept + formed),
         working_bytes=working_bytes,
     )
 
@@ -147,8 +149,10 @@ def vocabulary_size(model: "PreTrainedModel") -> int:
     return head.weight.shape[0] if head is not None else model.config.vocab_size
 
 
-def _kept_bytes_per_token(trainer: Trainer) -> float:
-    """Return what the graph of one forward pass keeps for each token, measured on a few rows, with checkpointing off."""
+def _kept_bytes(trainer: Trainer) -> tuple[float, float]:
+    """Return what the graph of one forward pass keeps for each token, and what it keeps of adapted parameters whatever the
+    tokens are (`luthier.layers.parameters`). Measured on a few rows, with checkpointing off.
+    """
     indices = _micro_batches(trainer)[0]
     lengths = trainer.prepared.rows.train.lengths
     few: list[int] = []
@@ -158,17 +162,24 @@ def _kept_bytes_per_token(trainer: Trainer) -> float:
     model = trainer.model
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
+    owners = [model.get_submodule(path) for path in {item.path for item in trainer.items if item.kind is PARAMETER}]
+    sums: set[int] = set()
 
     def note(tensor: Tensor) -> None:
         # By storage, since several views of one are kept once; detached, since a graph that holds its output is never freed.
         address = tensor.untyped_storage().data_ptr()
         if address not in own:
             kept[address] = tensor.detach()
+            shown = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
+            if any(value.untyped_storage().data_ptr() == address for value in shown):
+                sums.add(address)
 
     noting = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
     with _leaving_no_trace(trainer), _without_checkpointing(model), noting:
         answer_loss(model, batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / _cost(trainer, few)
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in kept.items()}
+    formed = sum(sizes[address] for address in sums)
+    return (sum(sizes.values()) - formed) / _cost(trainer, few), formed
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_run import write_rows
+from tests.tiny_run import save_tiny_model, write_rows
 
 from luthier.adapt import fusing
 from luthier.core.errors import BaseMismatchError, CheckpointError, LuthierError, StorageError
+from luthier.train.estimate import _kept_bytes
 from luthier.train.loop import StepRecord, Trainer
 from luthier.train.prepare import prepare
 from luthier.train.run import resume, train
@@ -119,6 +120,29 @@ def test_groups_and_frozen_factors_resume_with_the_same_bits(run_settings: Make)
     cut = crashed_run(run_settings(out="cut", **ways, lora={"modules_to_save": ["norm"], "init_lora_weights": "eva"}), 4)
     resume(cut)
     assert outcome(cut) == outcome(Path(whole.out))
+
+
+def test_a_run_on_the_parameters_of_experts_resumes_with_the_same_bits(
+    run_settings: Make, tiny_moe: Callable, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    def mixtral(**settings: int) -> torch.nn.Module:
+        return tiny_moe("mixtral", layers=1, **settings)
+
+    sections = {
+        "model": str(save_tiny_model(tmp_path / "mixtral", mixtral, tiny_tokenizer)),
+        "lora": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "train": LIVELY["train"] | {"loraplus_lr_ratio": 4.0, "learning_rate": 0.01},
+    }
+    whole = run_settings(out="whole", **sections)
+    train(whole)
+    cut = crashed_run(run_settings(out="cut", **sections), 4)
+    resume(cut)
+    assert outcome(cut) == outcome(Path(whole.out))
+    stored = load_file(cut / "adapter/adapter_model.safetensors")
+    assert len(stored) == 4 and all(tensor.any() for tensor in stored.values())
+    # Of the sums the graph keeps that of down_proj, in float32 and once; the input of gate_up_proj needs no gradient here.
+    trainer = Trainer(prepare(run_settings(out="kept", **sections)), RunFolder.create(run_settings(out="kept", **sections)))
+    assert _kept_bytes(trainer)[1] == 4 * 5 * 16 * 24
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_2", "orthogonal"])
