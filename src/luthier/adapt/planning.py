@@ -193,7 +193,7 @@ def resolve_all_linear(model: nn.Module, modules: dict[str, nn.Module], config: 
     ]
     if not linear:
         raise TargetError(f"target_modules='{ALL_LINEAR}' found no linear layer that can be adapted in this {_class_name(model)}")
-    return config.changed(target_modules=_shortest_names(linear, admitted))
+    return config.changed(target_modules=shortest_names(linear, admitted))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -202,7 +202,7 @@ def is_linear(module: nn.Module) -> bool:
     return kind is not None and kind.word in ("linear", "conv1d")
 
 
-def _shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
+def shortest_names(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """Return the fewest last parts that match exactly `paths`, so that files list `q_proj` and not 210 paths."""
     wanted = set(paths)
     names = sorted({path.rsplit(".", 1)[-1] for path in paths})

@@ -13,6 +13,15 @@ from luthier.core.settings import Settings
 ALL_LINEAR = "all-linear"
 
 
+class EvaConfig(Settings):
+    """How init 'eva' moves ranks between layers. Their sum stays; a layer may end with none, and then has no pair."""
+
+    rho: float = Field(2.0, ge=1, allow_inf_nan=False, description="a layer gets rho times its rank at most; 1: no rank moves")
+    adjust_scaling_factors: bool = Field(
+        True, description="lora_alpha grows and shrinks with a layer's rank, so that alpha / r stays what it was"
+    )
+
+
 class LoraConfig(Settings):
     """One adapter's shape.
 
@@ -51,6 +60,9 @@ class LoraConfig(Settings):
         None, description="tokens whose rows of the input embeddings are trained, or module name -> such tokens"
     )
     use_dora: bool = Field(False, description="train a magnitude for each output too (DoRA, arXiv:2402.09353)")
+    eva_config: EvaConfig | None = Field(
+        None, description="with init 'eva': move ranks to layers whose inputs vary in more directions; without it none moves"
+    )
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -98,6 +110,8 @@ class LoraConfig(Settings):
             )
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias has no place in use_dora, which rescales the weight alone; leave one of them out")
+        if self.eva_config is not None and self.init_lora_weights != "eva":
+            raise ValueError("eva_config has an effect only with init_lora_weights = 'eva'")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         return self
