@@ -43,7 +43,7 @@ def settings_of(folder: Path, out: str) -> RunSettings:
             "tfinal": 3,
             "deltaT": 2,
         },
-        train={"max_steps": STEPS, "batch_rows": 3, "learning_rate": 3e-2, "eval_every": 6, "epochs": 9},
+        train={"max_steps": STEPS, "batch_rows": 3, "learning_rate": 3e-2, "eval_every": 6},
     )
 
 
