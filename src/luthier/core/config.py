@@ -122,13 +122,15 @@ class AdaLoraConfig(LoraConfig):
 
     Every layer begins with `init_r` triplets; after training `target_r` of them are left on average, none in some layers.
     The update of a layer is `scaling * lora_B @ diag(lora_E) @ lora_A` with `scaling = lora_alpha / (init_r + 1e-5)`.
-    `r`, `use_rslora`, `use_dora` and `alpha_pattern` have no effect here and are refused. Zhang et al. 2023, arXiv:2303.10512.
+    `r`, `use_rslora`, `use_dora`, `lora_bias` and `alpha_pattern` have no effect here and are refused.
+    Zhang et al. 2023, arXiv:2303.10512.
     """
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "r": "set init_r (of every layer at the start) and target_r (of a layer on average at the end)",
-        "use_rslora": "the scaling is lora_alpha / init_r",
+        "use_rslora": "the scaling is lora_alpha / init_r; for that of rsLoRA multiply lora_alpha by sqrt(init_r)",
         "use_dora": "its triplets have sizes, and no magnitude beside them",
+        "lora_bias": "its lora_B has no bias of its own",
         "alpha_pattern": "lora_alpha is the same for all layers",
     }
 
@@ -149,9 +151,11 @@ class AdaLoraConfig(LoraConfig):
     )
     total_step: int | None = Field(None, ge=1, description="optimiser steps of the whole training; a run fills in its own")
 
-    @field_validator("rank_pattern")
+    @field_validator("rank_pattern", mode="before")
     @classmethod
-    def _ranks_are_positive(cls, ranks: dict[str, list[bool]]) -> dict[str, list[bool]]:  # type: ignore[override]
+    def _ranks_are_positive(cls, ranks: Any) -> Any:
+        if isinstance(ranks, dict) and any(isinstance(each, int) for each in ranks.values()):
+            raise ValueError("AdaLoRA finds the ranks, from init_r and target_r; here stand masks, written after training")
         return ranks
 
     @model_validator(mode="after")
