@@ -218,7 +218,7 @@ def test_peft_moves_the_same_ranks_for_the_same_inputs(tiny_llama: Callable[...,
 
 
 def test_a_run_whose_ranks_moved_is_resumed_bit_for_bit(settings_in: Callable[..., RunSettings], tmp_path: Path) -> None:
-    lora = {"r": 5, "init_lora_weights": "eva", "eva_config": {"rho": 3}}
+    lora = {"r": 5, "use_dora": True, "init_lora_weights": "eva", "eva_config": {"rho": 3}}
     ways = {"lora": lora, "train": {"save_every": 1, "batch_rows": 4}}
     whole = train(settings_in(tmp_path / "whole", **ways))
     assert len({layer.r for layer in whole.prepared.plan.layers}) > 1, "no rank moved"
