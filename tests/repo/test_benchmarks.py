@@ -95,4 +95,29 @@ def test_variants_run_tiny(root: Path, folder: Path) -> None:
     means = result["means"]
     assert set(means) == {"lora", "dora", "adalora", "pissa"}
     assert means["lora"]["parameters"] < means["dora"]["parameters"] < means["adalora"]["parameters"]
-    assert all(each["eval_loss"] > 0 and 0 <= each["exact"] <= 1 for each in means.values())
+    assert all(each["eval_loss"] > 0 and each["cpu_seconds"] > 0 for each in means.values())
+    assert all(0 <= each["exact"] <= each["intent"] <= each["valid_json"] <= 1 for each in means.values())
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_of_variants_continues_where_it_stopped(root: Path, folder: Path) -> None:
+    size = ("--steps", "2", "--held-out", "3", "--match", "0", "--out", "runs.jsonl")
+    result_of(root, folder, "variants.py", *size, "--seeds", "1", "--only", "lora")
+    (first,) = map(json.loads, (folder / "runs.jsonl").read_text().splitlines())
+    result = result_of(root, folder, "variants.py", *size, "--seeds", "2", "--only", "lora", "rslora")
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert lines[0] == first  # to the last digit of its seconds: it was not run again
+    assert [(line["method"], line["seed"]) for line in lines] == [("lora", 0), ("rslora", 0), ("lora", 1), ("rslora", 1)]
+    one, other = (line["figures"]["eval_loss"] for line in lines if line["method"] == "lora")
+    assert result["means"]["lora"]["eval_loss"] == pytest.approx((one + other) / 2)
+    assert result["deviations"]["lora"]["eval_loss"] == pytest.approx(abs(one - other) / 2**0.5)
+
+
+@pytest.mark.slow
+def test_variants_do_not_mix_runs_of_other_arguments(root: Path, folder: Path) -> None:
+    size = ("--held-out", "3", "--match", "0", "--out", "runs.jsonl", "--seeds", "1", "--only", "lora")
+    result_of(root, folder, "variants.py", *size, "--steps", "2")
+    before = (folder / "runs.jsonl").read_bytes()
+    with pytest.raises(AssertionError, match="steps was 2, is now 3"):
+        result_of(root, folder, "variants.py", *size, "--steps", "3")
+    assert (folder / "runs.jsonl").read_bytes() == before

@@ -82,6 +82,11 @@ class AdapterParameter:
     is_adalora: bool = False
     depth: int = 0
 
+    @property
+    def factor(self) -> str:
+        """The role without the part of the layer: attention has an `out.lora_A` beside its `lora_A`."""
+        return self.role.rpartition(".")[2]
+
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[AdapterParameter]:
     """Yield every trained tensor of the adapter `name`, in the model's order. Raises: AdapterStateError if there is none."""

@@ -130,8 +130,8 @@ def _check_possible(before: AdapterFolder, svds: dict[str, _Svd]) -> None:
         raise AdapterStateError(f"{before.path} has no pairs, and so no rank: there is nothing to truncate")
     if before.config.target_parameters:
         raise AdapterStateError(
-            f"{before.path} adapts {', '.join(before.config.target_parameters)}: the experts of a parameter share one entry of the "
-            "file and one rank, and are not truncated yet"
+            f"{before.path} adapts {', '.join(before.config.target_parameters)}: the experts of a parameter share one rank and one "
+            "entry of the file, and are not truncated yet"
         )
     if isinstance(before.config, AdaLoraConfig):
         if before.config.bias != "none":

@@ -13,6 +13,15 @@ from luthier.core.settings import Settings
 ALL_LINEAR = "all-linear"
 
 
+class EvaConfig(Settings):
+    """How init 'eva' moves ranks between layers. Their sum stays; a layer may end with none, and then has no pair."""
+
+    rho: float = Field(2.0, ge=1, allow_inf_nan=False, description="a layer gets rho times its rank at most; 1: no rank moves")
+    adjust_scaling_factors: bool = Field(
+        True, description="lora_alpha grows and shrinks with a layer's rank, so that alpha / r stays what it was"
+    )
+
+
 class LoraConfig(Settings):
     """One adapter's shape.
 
@@ -58,6 +67,9 @@ class LoraConfig(Settings):
         None,
         description="parameters of 2 or 3 axes to adapt themselves, by the last parts of their paths, such as "
         "'experts.down_proj': the stacked weights of experts, which belong to no layer",
+    )
+    eva_config: EvaConfig | None = Field(
+        None, description="with init 'eva': move ranks to layers whose inputs vary in more directions; without it none moves"
     )
 
     @field_validator("init_lora_weights")
@@ -107,6 +119,8 @@ class LoraConfig(Settings):
             )
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias has no place in use_dora, which rescales the weight alone; leave one of them out")
+        if self.eva_config is not None and self.init_lora_weights != "eva":
+            raise ValueError("eva_config has an effect only with init_lora_weights = 'eva'")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         return self
@@ -134,13 +148,15 @@ class AdaLoraConfig(LoraConfig):
 
     Every layer begins with `init_r` triplets; after training `target_r` of them are left on average, none in some layers.
     The update of a layer is `scaling * lora_B @ diag(lora_E) @ lora_A` with `scaling = lora_alpha / (init_r + 1e-5)`.
-    `r`, `use_rslora`, `use_dora` and `alpha_pattern` have no effect here and are refused. Zhang et al. 2023, arXiv:2303.10512.
+    `r`, `use_rslora`, `use_dora`, `lora_bias` and `alpha_pattern` have no effect here and are refused.
+    Zhang et al. 2023, arXiv:2303.10512.
     """
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "r": "set init_r (of every layer at the start) and target_r (of a layer on average at the end)",
-        "use_rslora": "the scaling is lora_alpha / init_r",
+        "use_rslora": "the scaling is lora_alpha / init_r; for that of rsLoRA multiply lora_alpha by sqrt(init_r)",
         "use_dora": "its triplets have sizes, and no magnitude beside them",
+        "lora_bias": "its lora_B has no bias of its own",
         "alpha_pattern": "lora_alpha is the same for all layers",
     }
 
@@ -161,9 +177,11 @@ class AdaLoraConfig(LoraConfig):
     )
     total_step: int | None = Field(None, ge=1, description="optimiser steps of the whole training; a run fills in its own")
 
-    @field_validator("rank_pattern")
+    @field_validator("rank_pattern", mode="before")
     @classmethod
-    def _ranks_are_positive(cls, ranks: dict[str, list[bool]]) -> dict[str, list[bool]]:  # type: ignore[override]
+    def _ranks_are_positive(cls, ranks: Any) -> Any:
+        if isinstance(ranks, dict) and any(isinstance(each, int) for each in ranks.values()):
+            raise ValueError("AdaLoRA finds the ranks, from init_r and target_r; here stand masks, written after training")
         return ranks
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ Shape letters: R rank, I in_features, O out_features. A: (R, I), B: (O, R).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class RunningPCA:
 
     def __init__(self, num_kept: int):
         self.num_kept, self.num_rows = num_kept, 0
+        self._squares = 0.0  # of all rows about their mean, also of what was not kept
         self._mean_I = self._kept_KI = torch.empty(0)
 
     def add(self, rows_NI: Tensor) -> None:
@@ -92,8 +94,10 @@ class RunningPCA:
             return
         count, new_mean_I = len(rows_NI), rows_NI.mean(0)
         stacked = [rows_NI - new_mean_I]
+        self._squares += float(stacked[0].double().square().sum())
         if self.num_rows:
             shift = math.sqrt(self.num_rows * count / (self.num_rows + count)) * (new_mean_I - self._mean_I)
+            self._squares += float(shift.double().square().sum())
             stacked = [self._kept_KI, *stacked, shift[None]]
             new_mean_I = self._mean_I + (new_mean_I - self._mean_I) * (count / (self.num_rows + count))
         _, S, Vt = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
@@ -103,3 +107,19 @@ class RunningPCA:
     def directions(self, r: int) -> Tensor:
         """Return the first r directions (R, I), orthonormal, in float32. Rows that vary in fewer directions have no more."""
         return torch.nn.functional.normalize(self._kept_KI[:r].double(), dim=1).float()
+
+    def shares(self, r: int) -> Tensor:
+        """Return what each of the first r directions has of the rows' variance (R,), in float64; all add up to 1."""
+        return self._kept_KI[:r].double().square().sum(dim=1) / self._squares
+
+
+def ranks_by_variance(shares: Sequence[Tensor], budget: int) -> list[int]:
+    """Return how many directions each layer gets of `budget`: those that are among the largest shares of all layers together.
+
+    `shares` (K,) of a layer are those of its inputs' variance, K the most it may get. Of equal shares, as q, k and v have them,
+    the earlier layer's counts first. Paischer et al. 2024, arXiv:2410.07170.
+    """
+    layers = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor([len(each) for each in shares]))
+    chosen = torch.cat(list(shares)).argsort(descending=True, stable=True)[:budget]
+    ranks: list[int] = torch.bincount(layers[chosen.cpu()], minlength=len(shares)).tolist()
+    return ranks

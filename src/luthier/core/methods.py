@@ -138,7 +138,7 @@ CATALOGUE = (
         "eva",
         "init",
         "A begins as the directions in which a layer's inputs vary most at the answers of a few of the run's own batches, B at "
-        "zero. Every layer keeps the rank it was given.",
+        "zero. With `lora.eva_config` ranks move to the layers whose inputs vary in more directions; their sum stays.",
         "Data unlike what the model has seen; costs a few forward passes at the start. Only through `luthier train`.",
         "Paischer et al. 2024, arXiv:2410.07170",
         {"lora": {"init_lora_weights": "eva"}},

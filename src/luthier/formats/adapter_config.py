@@ -23,7 +23,6 @@ _UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
@@ -37,6 +36,7 @@ _UNUSED: dict[str, Any] = {
 # Keys that say nothing about the adapter's function; what they hold when read does not matter.
 _INFORMATIONAL: dict[str, Any] = {
     "auto_mapping": None,
+    "eva_config": None,
     "fan_in_fan_out": False,
     "inference_mode": True,
     "megatron_core": "megatron.core",
@@ -66,7 +66,7 @@ def converted_config(config: LoraConfig) -> LoraConfig:
 def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mapping: dict[str, str] | None = None) -> str:
     """Return the text of adapter_config.json."""
     values = _UNUSED | _INFORMATIONAL | config.model_dump()
-    values |= {"fan_in_fan_out": fan_in_fan_out, "auto_mapping": auto_mapping}
+    values |= {"fan_in_fan_out": fan_in_fan_out, "auto_mapping": auto_mapping, "eva_config": None}
     if config.init_lora_weights in _SPENT_INITS:
         values["init_lora_weights"] = True
     for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
@@ -116,7 +116,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
     known = method.model_fields
     if unknown := sorted(set(data) - set(known) - set(_UNUSED) - _IGNORED):
         log.warning(f"{where}: unknown keys ignored: {', '.join(unknown)}")
-    values = {key: value for key, value in data.items() if key in known}
+    values = {key: value for key, value in data.items() if key in known and key != "eva_config"}
     if init in _SPENT_INITS:
         values["init_lora_weights"] = True
     if values.get("target_modules") is None:

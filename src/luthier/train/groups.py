@@ -28,7 +28,7 @@ def freeze_lora_A(items: Iterable[AdapterParameter]) -> int:
 
     Raises: ConfigError where one is zero, as in an embedding: with A at zero and frozen, the update would stay zero.
     """
-    frozen = [item for item in items if item.role == "lora_A"]
+    frozen = [item for item in items if item.factor == "lora_A"]
     if zero := [item.path for item in frozen if not item.parameter.any()]:
         raise ConfigError(
             f"train.freeze_A would keep lora_A of {', '.join(zero)} at zero, where it begins, and so the whole update; "
@@ -69,7 +69,7 @@ def _kind(item: AdapterParameter) -> str:
         return "embedding"
     if item.parameter.ndim == 1:
         return "row"
-    return "B" if item.role == "lora_B" else "A"
+    return "B" if item.factor == "lora_B" else "A"
 
 
 def _group(items: list[AdapterParameter], rate: float, lr_ratio: float, weight_decay: float) -> dict[str, Any]:

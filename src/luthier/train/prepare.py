@@ -93,10 +93,11 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
             first = [batch for _, batches in plan_steps(rows.train.lengths, settings.train) for batch in batches][:EVA_BATCHES]
             pad_id = pad_id_of(base.tokenizer)
             batches = (collate([rows.train.rows[index] for index in indices], pad_id) for indices in first)
-            start_from_inputs(base.model, ADAPTER, batches)
+            planned = start_from_inputs(base.model, ADAPTER, batches)
     else:
         load_adapter(base.model, adapter, ADAPTER, trainable=True)
-        planned = plan(base.model, lora)
+        moved = lora.eva_config is not None  # ranks and targets are those that were found when the run began
+        planned = plan(base.model, roster_of(base.model).configs[ADAPTER] if moved else lora)
     if settings.train.freeze_A:
         frozen = freeze_lora_A(adapter_parameters(base.model, ADAPTER))
         planned = replace(
