@@ -21,6 +21,7 @@ __getattr__, __all__ = lazy_names(
         "fusion_of": "luthier.adapt.fusing",
         "merge": "luthier.adapt.merging",
         "plan": "luthier.adapt.planning",
+        "quantize_linears": "luthier.adapt.packing",
         "roster_of": "luthier.adapt.state",
         "unfuse": "luthier.adapt.fusing",
         "unmerge": "luthier.adapt.merging",

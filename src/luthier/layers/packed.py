@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from luthier.core.errors import ModelError
 from luthier.ops.packed import PackedTensor, packed_parameter
 from luthier.quant.keys import STATE, from_keys, to_keys
-from luthier.quant.nf4 import Impl, quantize_nf4
+from luthier.quant.nf4 import Impl, NF4Weight, quantize_nf4
 
 KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
@@ -75,11 +75,11 @@ class PackedLinear(nn.Linear):
         return self
 
 
-def pack_linear(layer: nn.Linear, *, double: bool = True, impl: Impl = "fast") -> None:
+def pack_linear(layer: nn.Linear, stored: NF4Weight | None = None, *, double: bool = True, impl: Impl = "fast") -> None:
     """Change an `nn.Linear` into a PackedLinear: its name, its place, its bias and its hooks stay.
 
-    Raises: ConfigError or ShapeError where its weight cannot be put into 4 bits; it is unchanged then.
+    Its weight is `stored`, or is put into 4 bits here. Raises: ConfigError or ShapeError where it cannot; it is unchanged then.
     """
-    weight = packed_parameter(quantize_nf4(layer.weight, double=double), impl)
+    weight = packed_parameter(stored or quantize_nf4(layer.weight, double=double), impl)
     layer.__class__ = PackedLinear
     layer.weight = weight
