@@ -1,9 +1,14 @@
 """NF4 beside bitsandbytes: the same bytes, the same values, each reads what the other wrote; and where its layer goes wrong."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from luthier.adapt import attach_loftq
+from luthier.core.config import LoraConfig
 from luthier.layers.packed import PackedLinear, pack_linear
 from luthier.quant import dequantize_nf4, from_keys, quantize_nf4, to_keys
 from luthier.quant.tables import dynamic_values, nf4_values
@@ -135,3 +140,26 @@ def test_its_layer_and_ours_load_each_others_state() -> None:
         device="cpu",
     )
     assert torch.equal(functional.dequantize_4bit(params.data, params.quant_state), source.weight.read())
+
+
+@pytest.mark.parametrize("num_iter", [1, 3])
+def test_loftq_is_pefts_where_its_scaling_is_one(num_iter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
+    # PEFT's code asks for a GPU by name and goes nowhere else; all of its arithmetic runs here as well.
+    for moved in (torch.Tensor, bitsandbytes.nn.Params4bit):
+        monkeypatch.setattr(moved, "to", _to_cpu(moved.to))
+    layer = nn.Sequential(nn.Linear(64, 48))
+    weight = layer[0].weight.detach().clone()
+    theirs, lora_A, lora_B = loftq_utils.loftq_init(weight, num_bits=4, reduced_rank=8, num_iter=num_iter)
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights="loftq", loftq_config={"loftq_iter": num_iter})
+    attach_loftq(layer, config, double=False)
+    torch.testing.assert_close(layer[0].weight.read(), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer[0].lora["default"].delta(), lora_B @ lora_A, rtol=1e-4, atol=1e-6)
+
+
+def _to_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
+    def moved(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        args = tuple("cpu" if arg == "cuda" else arg for arg in args)
+        return move(self, *args, **({**kwargs, "device": "cpu"} if kwargs.get("device") == "cuda" else kwargs))
+
+    return moved

@@ -13,6 +13,7 @@ __getattr__, __all__ = lazy_names(
         "activate": "luthier.adapt.switching",
         "adapter_parameters": "luthier.adapt.state",
         "attach": "luthier.adapt.attaching",
+        "attach_loftq": "luthier.adapt.loftq",
         "base_parameters": "luthier.adapt.state",
         "detach": "luthier.adapt.attaching",
         "drop_masked": "luthier.adapt.ranks",

@@ -1,6 +1,6 @@
 """quantize_linears(): put the linear layers of a model into 4 bits, where they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from luthier.adapt.state import find_roster
 from luthier.core.errors import AdapterStateError, ConfigError, LuthierError, did_you_mean
+from luthier.core.inits import without
 from luthier.core.names import matches_name
 from luthier.layers.kinds import why_not
 from luthier.layers.packed import PackedLinear, pack_linear
@@ -39,15 +40,24 @@ class Packing:
         return "\n".join(lines + [f"  left as it is: {path}: {reason}" for path, reason in self.left_out.items()])
 
 
-def quantize_linears(model: nn.Module, skip: Sequence[str] = OUTPUT_HEAD, *, double: bool = True, impl: Impl = "fast") -> Packing:
+def quantize_linears(
+    model: nn.Module,
+    skip: Sequence[str] = OUTPUT_HEAD,
+    *,
+    double: bool = True,
+    impl: Impl = "fast",
+    minus: Mapping[str, tuple[Tensor, Tensor] | None] | None = None,
+) -> Packing:
     """Put the weight of every linear layer of `model` into 4 bits, except those that `skip` names, and return what was done.
 
     Names, modules and biases stay; adapters attach to such layers as to others. Embeddings, norms, subclasses with a forward
     of their own and weights that two modules share stay as they are. `double` quantises the scales too; `impl` is how weights
     are read back (`luthier.quant.dequantize_nf4`). The model's configuration then declares it in transformers' words.
+    `minus` (path -> B, A, or None) is taken off weights first: with what the folder of a LoftQ adapter holds, its base is made
+    again. None of its layers may be left out.
 
     Raises: AdapterStateError (adapters are attached, which were made for the weights as they are), ConfigError (an entry of
-    `skip` that matches nothing; weights that cannot be put into 4 bits, all of them). Nothing was touched then.
+    `skip` or `minus` that matches nothing; weights that cannot be put into 4 bits, all of them). Nothing was touched then.
     """
     if find_roster(model) is not None:
         raise AdapterStateError("adapters are attached to this model; quantise the base first, then attach")
@@ -61,6 +71,7 @@ def quantize_linears(model: nn.Module, skip: Sequence[str] = OUTPUT_HEAD, *, dou
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(path)
 
+    taken = minus or {}
     made: dict[str, NF4Weight] = {}
     left_out: dict[str, str] = {}
     faults: list[str] = []
@@ -72,9 +83,11 @@ def quantize_linears(model: nn.Module, skip: Sequence[str] = OUTPUT_HEAD, *, dou
             left_out[path] = reason
             continue
         try:
-            made[path] = quantize_nf4(module.weight, double=double)
+            made[path] = packed_without(module.weight, taken.get(path), double=double)
         except LuthierError as error:
             faults.append(f"  {path}: {error}")
+    unpacked = [path for path in taken if path not in made and not any(path in fault for fault in faults)]
+    faults += [f"  {path}: {left_out.get(path, 'no linear layer of this model')}" for path in unpacked]
     if faults:
         raise ConfigError(f"{len(faults)} layers cannot be put into 4 bits; name them in skip:\n" + "\n".join(faults), faults)
     if not made:
@@ -86,9 +99,16 @@ def quantize_linears(model: nn.Module, skip: Sequence[str] = OUTPUT_HEAD, *, dou
         layer = modules[path]
         assert isinstance(layer, nn.Linear)
         dense_bytes, num_weights = dense_bytes + layer.weight.nbytes, num_weights + layer.weight.numel()
-        pack_linear(layer, stored, impl=impl)
+        pack_linear(layer, stored, impl=impl, minus=taken.get(path))
     _declare(model, list(left_out), double, next(iter(made.values())))
     return Packing(tuple(made), dense_bytes, sum(stored.num_bytes for stored in made.values()), num_weights, left_out)
+
+
+def packed_without(weight_OI: Tensor, minus: tuple[Tensor, Tensor] | None, *, double: bool) -> NF4Weight:
+    """Return W - B A in 4 bits, to be read back in W's dtype; W alone where `minus` (B, A) is None."""
+    if minus is None:
+        return quantize_nf4(weight_OI, double=double)
+    return quantize_nf4(without(weight_OI, minus), double=double).to(weight_OI.device, weight_OI.dtype)
 
 
 def has_packed_layers(model: nn.Module) -> bool:

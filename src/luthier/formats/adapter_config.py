@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterFormatError, ConfigError
+from luthier.core.methods import LOFTQ
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mappin
     """Return the text of adapter_config.json."""
     values = _UNUSED | _INFORMATIONAL | config.model_dump()
     values |= {"fan_in_fan_out": fan_in_fan_out, "auto_mapping": auto_mapping}
-    if config.init_lora_weights in _SPENT_INITS:
-        values["init_lora_weights"] = True
+    if config.init_lora_weights in (*_SPENT_INITS, LOFTQ):
+        values |= {"init_lora_weights": True, "loftq_config": {}}
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values[key], list):
             values[key] = sorted(values[key])

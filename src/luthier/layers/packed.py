@@ -20,6 +20,9 @@ KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 class PackedLinear(nn.Linear):
     """`nn.Linear`, weight (O, I) in 4 bits. In a state_dict it is bitsandbytes' keys (`luthier.quant.keys`)."""
 
+    minus: tuple[Tensor, Tensor] | None = None
+    """(B, A), of which the product was taken off the weight before it went into 4 bits (LoftQ)."""
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if isinstance(self.weight, PackedTensor):  # a merge puts a dense one there
@@ -75,11 +78,20 @@ class PackedLinear(nn.Linear):
         return self
 
 
-def pack_linear(layer: nn.Linear, stored: NF4Weight | None = None, *, double: bool = True, impl: Impl = "fast") -> None:
+def pack_linear(
+    layer: nn.Linear,
+    stored: NF4Weight | None = None,
+    *,
+    double: bool = True,
+    impl: Impl = "fast",
+    minus: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Change an `nn.Linear` into a PackedLinear: its name, its place, its bias and its hooks stay.
 
-    Its weight is `stored`, or is put into 4 bits here. Raises: ConfigError or ShapeError where it cannot; it is unchanged then.
+    Its weight is `stored` (made of the weight less `minus`), or is put into 4 bits here. Raises: ConfigError or ShapeError where
+    it cannot; it is unchanged then.
     """
     weight = packed_parameter(stored or quantize_nf4(layer.weight, double=double), impl)
     layer.__class__ = PackedLinear
     layer.weight = weight
+    cast(PackedLinear, layer).minus = minus
