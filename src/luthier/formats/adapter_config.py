@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 PEFT_VERSION = "0.21.2"
 """The version whose format this room writes."""
 
-# Keys that luthier does not use, with the value that means "not used".
+# Keys that luthier does not use, or whose effect is spent when an adapter is saved, with the value that means "not used".
 _UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -110,7 +110,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
     known = method.model_fields
     if unknown := sorted(set(data) - set(known) - set(_UNUSED) - _IGNORED):
         log.warning(f"{where}: unknown keys ignored: {', '.join(unknown)}")
-    values = {key: value for key, value in data.items() if key in known}
+    values = {key: value for key, value in data.items() if key in known and key not in _UNUSED}
     if init in _SPENT_INITS:
         values["init_lora_weights"] = True
     if values.get("target_modules") is None:
