@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from luthier.adapt import adapter_parameters, attach, detach, merge, quantize_linears, unmerge
-from luthier.core.config import LoraConfig
+from luthier.adapt import adapter_parameters, attach, detach, fuse, merge, quantize_linears, unfuse, unmerge
+from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterStateError, ConfigError
 from luthier.formats import load_adapter, save_adapter, save_merged
 from luthier.layers.linear import LoraLinear
@@ -184,6 +184,33 @@ def test_training_steps_and_evaluations_in_turn_follow_the_dense_model(tiny_llam
         assert mine == pytest.approx(theirs, rel=1e-6)
         torch.testing.assert_close(my_logits, their_logits, rtol=1e-5, atol=1e-5)
     assert losses[2][0] < losses[0][0]
+
+
+def test_adalora_begins_at_a_base_in_4_bits_and_has_gradients(tiny_llama: Callable[..., nn.Module]) -> None:
+    model = tiny_llama()
+    quantize_linears(model)
+    before = logits(model)
+    attach(model, AdaLoraConfig(init_r=4, target_r=2))
+    assert torch.equal(logits(model), before)
+    model(IDS).logits.square().sum().backward()
+    assert all(each.parameter.grad.any() for each in adapter_parameters(model) if each.role == "lora_E")
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_fused_blocks_compute_with_4_bit_layers(
+    tiny_llama: Callable[..., nn.Module], fill: Callable[..., None], with_adapter: bool
+) -> None:
+    model = tiny_llama()
+    quantize_linears(model)
+    if with_adapter:
+        attach(model, LoraConfig(r=4))
+        fill(model, size=0.05)
+    before = logits(model)
+    fusion = fuse(model)
+    assert (fusion.attentions, fusion.mlps) == (2, 2)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    unfuse(model)
+    assert torch.equal(logits(model), before)
 
 
 def test_modules_saved_whole_are_dense_copies(tiny_llama: Callable[..., nn.Module]) -> None:
