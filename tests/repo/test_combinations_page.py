@@ -117,6 +117,8 @@ def dense_parameters(base: nn.Module, name: str, numbers: dict[str, Tensor], set
     scaling = alpha / (4 + 1e-5) if "lora_E" in numbers else alpha / (r**0.5 if lora.use_rslora else r)
     if name == "window":
         weight = layer.weight + scaling * torch.einsum("or,rik->oik", B.squeeze(2), A)
+        if "magnitude" in numbers:  # of a filter: the norm over all that makes one output
+            weight = numbers["magnitude"].view(-1, 1, 1) * weight / weight.detach().norm(dim=(1, 2), keepdim=True)
         return {"window.weight": weight, "window.bias": layer.bias + scaling * numbers.get("lora_bias", torch.zeros(1))}
     if name == "mix":
         out = layer.out_proj.weight + scaling * numbers["out.lora_B"] @ numbers["out.lora_A"]

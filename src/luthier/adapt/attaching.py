@@ -23,12 +23,13 @@ from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterNameError, AdapterStateError
 from luthier.core.inits import start_of
 from luthier.core.lora import init_embedding_pair, init_linear_pair
-from luthier.core.methods import keeps_start
+from luthier.core.methods import LOFTQ, keeps_start
 from luthier.core.names import check_adapter_name
 from luthier.layers.base import AdaptedModule, adapt, bias_copy, is_restorable, own_parameters, restore, whole_bias, whole_copy
 from luthier.layers.pair import AdaLoraPair, LoraPair, ParameterPair, ParameterPairs
 from luthier.layers.roster import Roster
 from luthier.layers.tokens import TokenRows
+from luthier.ops.packed import PackedTensor
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,16 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
     change: lora_B is zero, or what the pair begins with is subtracted. Modules keep their names, their place and their
     `isinstance`; only their class changes.
 
-    Raises: TargetError, AdapterNameError (nothing was touched then), AdapterStateError while merged.
+    Raises: TargetError, AdapterNameError (nothing was touched then), AdapterStateError while merged, or for init 'loftq', which
+    goes through `attach_loftq`.
     """
+    if config.init_lora_weights == LOFTQ:
+        is_packed = any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
+        reason = "this model's are there already: load it unquantised" if is_packed else "here they stay as they are"
+        raise AdapterStateError(
+            f"init 'loftq' fits the pair to what weights lose on their way into 4 bits, and {reason}; "
+            "attach_loftq(model, config) quantises and attaches in one step"
+        )
     return install(model, plan(model, config), name, _fresh_pair)
 
 

@@ -4,6 +4,7 @@ A merge never writes into a base tensor. It puts a new parameter in its place an
 in every dtype, and a weight that two modules share becomes two weights instead of getting the update twice.
 """
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from luthier.core.errors import AdapterFormatError, AdapterStateError, ConfigErr
 from luthier.core.lora import fold
 from luthier.layers.kinds import why_not_folded
 from luthier.layers.pair import LoraPair
+from luthier.ops.packed import PackedTensor
+
+log = logging.getLogger(__name__)
 
 Keep = Literal["memory", "disk", "checkpoint", "nothing"]
 
@@ -37,13 +41,31 @@ class Fold:
         self.module._parameters[self.key] = parameter
 
 
-def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None = None) -> None:
+@dataclass(frozen=True)
+class Unpacked:
+    """What a merge made of 4-bit weights: dense ones, of so many bytes more. `relative` is |update| / |weight| over them all."""
+
+    num_weights: int
+    more_bytes: int
+    relative: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_weights} weights stored in 4 bits are dense while merged ({self.more_bytes / 2**20:,.1f} MiB more): "
+            f"back in 4 bits a small update would round away, and this one is {self.relative:.2%} of their size"
+        )
+
+
+def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None = None) -> Unpacked | None:
     """Fold the active adapters into the base weights, for zero overhead in the forward pass.
 
     A merged weight is the float32 sum W + delta rounded once to W's dtype. Merging again does nothing. `keep` says where the
     original weights stay for an exact `unmerge`: "memory" (costs as much memory again as the adapted weights), "disk" (a
     temporary folder, or `folder`), "checkpoint" (read again from the safetensors folder that `folder` or the model's
     `name_or_path` names, checked bit for bit now and by digest later), or "nothing" (no way back).
+
+    A weight stored in 4 bits is read back and merged as a dense one, which is logged and returned (None for other bases); its
+    original is kept in memory, where it is small already, or not at all.
 
     Raises: AdapterStateError (nothing active, or a layer whose own forward is not linear in its weight), AdapterFormatError
     (an update that is not finite), ConfigError (another word for `keep`, or a `folder` without a use), StorageError (an
@@ -56,12 +78,15 @@ def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None 
     roster = roster_of(model)
     check_whole(model, roster)
     if roster.is_merged:
-        return
+        return None
     if not roster.active:
         raise AdapterStateError("no adapter is active; activate(model, name) first")
     if roster.silent:
         raise AdapterStateError("cannot merge inside a disabled() block")
     new = _merged_parameters(model)
+    unpacked = _unpacked(new)
+    if unpacked is not None and keep in ("disk", "checkpoint"):
+        raise AdapterStateError(f"weights stored in 4 bits are not kept on disk; use keep='memory', not keep={keep!r}")
     keeper = KEEPERS[keep](model, folder)
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     folds = []
@@ -73,6 +98,9 @@ def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None 
     for each in folds:
         each.show(each.merged)
     roster.folds = folds
+    if unpacked is not None:
+        log.warning("%s", unpacked)
+    return unpacked
 
 
 def unmerge(model: nn.Module) -> None:
@@ -113,6 +141,17 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
             merged = fold(replaced.get(key, own.detach()), deltas.get(key, [])).to(own.dtype)
             new.append((_dotted(path, owner_path), owner, last, _checked(_dotted(path, key), merged)))
     return new
+
+
+def _unpacked(new: list[tuple[str, nn.Module, str, nn.Parameter]]) -> Unpacked | None:
+    pairs = [(cast(Tensor, owner._parameters[key]), merged) for _, owner, key, merged in new]
+    packed = [(original, merged) for original, merged in pairs if isinstance(original, PackedTensor)]
+    if not packed:
+        return None
+    sizes = [torch.stack([(merged - original).norm(), original.norm()]).double() for original, merged in packed]
+    change, size = torch.stack(sizes).norm(dim=0).tolist()
+    more = sum(merged.nbytes for _, merged in packed)
+    return Unpacked(len(packed), more, change / size if size else 0.0)
 
 
 def _checked(name: str, merged: Tensor) -> nn.Parameter:

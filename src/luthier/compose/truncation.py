@@ -130,8 +130,8 @@ def _check_possible(before: AdapterFolder, svds: dict[str, _Svd]) -> None:
         raise AdapterStateError(f"{before.path} has no pairs, and so no rank: there is nothing to truncate")
     if before.config.target_parameters:
         raise AdapterStateError(
-            f"{before.path} adapts {', '.join(before.config.target_parameters)}: the experts of a parameter share one rank and one "
-            "entry of the file, and are not truncated yet"
+            f"{before.path} adapts {', '.join(before.config.target_parameters)}: the experts of a parameter share one rank and "
+            "one entry of the file, and are not truncated yet"
         )
     if isinstance(before.config, AdaLoraConfig):
         if before.config.bias != "none":
@@ -189,7 +189,7 @@ def _write(before: AdapterFolder, out: Path, config: LoraConfig, tensors: dict[s
     if "base" in before.note:
         note["base"] = before.note["base"]
     config_text = dump_config(config, **unmodelled((before.path / CONFIG_FILE).read_text()))
-    write_adapter(out, config_text, tensors, model_card(config, {}), note)
+    write_adapter(out, config_text, tensors, model_card(config, {}), note, before.minus)
 
 
 def _distance(before: StoredPair, after: StoredPair | None) -> float:

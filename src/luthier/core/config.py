@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from luthier.core.errors import did_you_mean
-from luthier.core.methods import INIT_NAMES, is_known_init
+from luthier.core.methods import INIT_NAMES, LOFTQ, is_known_init
 from luthier.core.settings import Settings
 
 ALL_LINEAR = "all-linear"
@@ -45,7 +45,7 @@ class LoraConfig(Settings):
     init_lora_weights: bool | str = Field(
         True,
         description="True: kaiming-uniform A, zero B; 'gaussian': normal A with std 1/r, zero B; False: both random; "
-        "'orthogonal', 'olora', 'pissa', 'pissa_niter_<number>', 'eva': see `luthier methods`",
+        "'orthogonal', 'olora', 'pissa', 'pissa_niter_<number>', 'eva': see `luthier methods`; 'loftq': see loftq_config",
     )
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="regular expression -> r for matching layers")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="regular expression -> lora_alpha")
@@ -71,6 +71,11 @@ class LoraConfig(Settings):
     eva_config: EvaConfig | None = Field(
         None, description="with init 'eva': move ranks to layers whose inputs vary in more directions; without it none moves"
     )
+    loftq_config: dict[str, int] = Field(
+        default_factory=dict,
+        description="of init 'loftq', where the base goes into 4 bits as the adapter is attached: loftq_iter, how often weight "
+        "and pair are fitted to each other (1); loftq_bits (4)",
+    )
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -94,6 +99,19 @@ class LoraConfig(Settings):
         if bad := {key: alpha for key, alpha in alphas.items() if not 0 < alpha < math.inf}:
             raise ValueError(f"alphas must be positive and finite: {bad}")
         return alphas
+
+    @model_validator(mode="after")
+    def _loftq_is_complete(self) -> Self:
+        given = self.loftq_config
+        if given and self.init_lora_weights != LOFTQ:
+            raise ValueError(f"loftq_config has no effect without init_lora_weights='{LOFTQ}'")
+        if unknown := given.keys() - {"loftq_bits", "loftq_iter"}:
+            raise ValueError(f"loftq_config has loftq_bits and loftq_iter, and no {', '.join(sorted(unknown))}")
+        if given.get("loftq_bits", 4) != 4:
+            raise ValueError(f"loftq_bits is {given['loftq_bits']}; weights are stored in 4 bits here")
+        if given.get("loftq_iter", 1) < 1:
+            raise ValueError(f"loftq_iter is {given['loftq_iter']}, and must be at least 1")
+        return self
 
     @model_validator(mode="after")
     def _patterns_can_take_effect(self) -> Self:

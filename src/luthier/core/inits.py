@@ -13,7 +13,7 @@ Shape letters: R rank, I in_features, O out_features. A: (R, I), B: (O, R).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +72,36 @@ def pissa_pair(weight_OI: Tensor, r: int, scaling: float, niter: int | None = No
         U, S, V = torch.svd_lowrank(weight_OI, r, niter=niter)
         Vt = V.T
     return pair_from_svd(U, S, Vt, scaling)
+
+
+def loftq_pair(
+    weight_OI: Tensor, r: int, scaling: float, num_iter: int, rounded: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
+    """Return what to take off a weight before it is rounded, and the pair (lora_A, lora_B) that is to give back what is lost.
+
+    Li et al. 2023, LoftQ, arXiv:2310.08659, algorithm 1, from B A = 0:
+
+        Q = rounded(W - scaling * B A)        scaling * B A = W - Q's best approximation of rank r        num_iter times
+
+    `rounded` is the weight's way into storage and back. The first result is (scaling * B, A) of the last Q, None where that was
+    zero: with it Q can be made of W again. In float32, so that what is kept is what was used.
+    """
+    weight_OI = weight_OI.detach().float()
+    minus: tuple[Tensor, Tensor] | None = None
+    for index in range(num_iter):
+        lost = weight_OI - rounded(without(weight_OI, minus))
+        lora_A, lora_B = (factor.contiguous() for factor in pissa_pair(lost, r, scaling))
+        if index + 1 < num_iter:
+            minus = scaling * lora_B, lora_A
+    return minus, (lora_A, lora_B)
+
+
+def without(weight_OI: Tensor, minus: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return W - B A for `minus` (B, A), in float32, summed in float64: the same numbers wherever it is done."""
+    if minus is None:
+        return weight_OI.detach().float()
+    B, A = minus
+    return (weight_OI.detach().double() - B.double() @ A.double()).float()
 
 
 class RunningPCA:

@@ -158,14 +158,18 @@ METHOD_NAMES = tuple(method.name for method in CATALOGUE if method.kind == "meth
 INIT_NAMES = tuple(method.name for method in CATALOGUE if method.kind == "init" and method.name != "kaiming")
 
 
+LOFTQ = "loftq"
+"""The init of a base that is put into 4 bits while the adapter is attached; not in the list until `luthier train` can do that."""
+
+
 def is_known_init(init: bool | str) -> bool:
     """Return whether `init` is a value of init_lora_weights."""
-    return isinstance(init, bool) or init in INIT_NAMES[:-1] or bool(PISSA_NITER.fullmatch(init))
+    return isinstance(init, bool) or init in (*INIT_NAMES[:-1], LOFTQ) or bool(PISSA_NITER.fullmatch(init))
 
 
 def keeps_start(init: bool | str) -> bool:
     """Return whether a pair with this init begins at B0 A0 != 0, which it then has to keep to subtract."""
-    return needs_linear(init) and init != "eva"
+    return needs_linear(init) and init not in ("eva", LOFTQ)
 
 
 def needs_linear(init: bool | str) -> bool:
@@ -179,7 +183,7 @@ def why_no_start(init: bool | str, r: int, in_features: int, out_features: int) 
         return f"init 'orthogonal' gives A one half of the rank and B the other, so r must be even, not {r}"
     if init == "eva" and r > in_features:
         return f"init 'eva' takes r={r} directions from inputs of width {in_features}"
-    if keeps_start(init) and init != "orthogonal" and r > min(in_features, out_features):
+    if (keeps_start(init) or init == LOFTQ) and init != "orthogonal" and r > min(in_features, out_features):
         return (
             f"init '{init}' takes r={r} directions from a weight of {out_features} x {in_features}, "
             f"which has {min(in_features, out_features)}"

@@ -12,13 +12,14 @@ from typing import Any
 
 from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import AdapterFormatError, ConfigError
+from luthier.core.methods import LOFTQ
 
 log = logging.getLogger(__name__)
 
 PEFT_VERSION = "0.21.2"
 """The version whose format this room writes."""
 
-# Keys that luthier does not use, with the value that means "not used".
+# Keys that luthier does not use, or whose effect is spent when an adapter is saved, with the value that means "not used".
 _UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -67,8 +68,8 @@ def dump_config(config: LoraConfig, *, fan_in_fan_out: bool = False, auto_mappin
     """Return the text of adapter_config.json."""
     values = _UNUSED | _INFORMATIONAL | config.model_dump()
     values |= {"fan_in_fan_out": fan_in_fan_out, "auto_mapping": auto_mapping, "eva_config": None}
-    if config.init_lora_weights in _SPENT_INITS:
-        values["init_lora_weights"] = True
+    if config.init_lora_weights in (*_SPENT_INITS, LOFTQ):
+        values |= {"init_lora_weights": True, "loftq_config": {}}
     for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(values[key], list):
             values[key] = sorted(values[key])
@@ -116,7 +117,7 @@ def parse_config(text: str, where: str) -> LoraConfig:
     known = method.model_fields
     if unknown := sorted(set(data) - set(known) - set(_UNUSED) - _IGNORED):
         log.warning(f"{where}: unknown keys ignored: {', '.join(unknown)}")
-    values = {key: value for key, value in data.items() if key in known and key != "eva_config"}
+    values = {key: value for key, value in data.items() if key in known and key not in (*_UNUSED, "eva_config")}
     if init in _SPENT_INITS:
         values["init_lora_weights"] = True
     if values.get("target_modules") is None:

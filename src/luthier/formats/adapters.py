@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from luthier import __version__
 from luthier.adapt.attaching import PairMaker, install, reinstall, set_trainable
+from luthier.adapt.loftq import minus_of
 from luthier.adapt.parameters import parameter_targets
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start, roster_of
 from luthier.adapt.switching import disabled
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterFormatError, AdapterMismatchError, BaseMismatchError, TargetError
-from luthier.core.methods import keeps_start
+from luthier.core.methods import LOFTQ, keeps_start
 from luthier.core.names import is_target, matches_name
 from luthier.formats.adapter_config import converted_config, dump_config
 from luthier.formats.card import model_card
@@ -64,6 +65,8 @@ def save_adapter(
     embeddings, as PEFT does by default; it is large, and only PEFT's check of it needs it. An adapter whose pairs keep what they
     began with (pissa, olora, orthogonal) is written as the plain adapter of twice the rank that it equals on the same base, and
     the recipe says so.
+    One of init 'loftq' is a plain adapter for the base in 4 bits that it was attached with; where that is not what
+    `quantize_linears(model)` gives, the folder holds what it takes: `quantize_linears(model, minus=read_adapter(path).minus)`.
     With `as_lora` an AdaLoRA adapter is written as the plain LoRA that computes the same, each layer with the rank that is left.
     Raises: AdapterStateError, StorageError (an adapter that was there before is intact), AdapterFormatError (not finite).
     """
@@ -76,12 +79,14 @@ def save_adapter(
     if save_embedding_layers:
         tensors |= _own_tables(model, name)
     config = _with_base_name(model, config)
-    converted = {}
+    converted: dict[str, Any] = {}
     if keeps_start(config.init_lora_weights):
         converted = {
             "converted": {"init_lora_weights": config.init_lora_weights, "r": config.r, "form": "[B | B-B0] [A-A0 ; A0]"}
         }
         config = converted_config(config)
+    if config.init_lora_weights == LOFTQ:
+        converted = {"loftq": config.loftq_config}
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config_text = dump_config(config, fan_in_fan_out="conv1d" in kinds, auto_mapping=None if config.task_type else mapping)
     note = {
@@ -90,7 +95,7 @@ def save_adapter(
         "recipe": (recipe or {}) | converted,
         "metrics": metrics or {},
     }
-    return write_adapter(path, config_text, tensors, model_card(config, metrics or {}), note)
+    return write_adapter(path, config_text, tensors, model_card(config, metrics or {}), note, minus_of(model))
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

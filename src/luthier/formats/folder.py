@@ -1,5 +1,6 @@
 """An adapter folder as files: adapter_config.json, adapter_model.safetensors, and luthier.json beside them.
 
+loftq.safetensors is there where the base was made by LoftQ: what to take off its weights before they go into 4 bits again.
 luthier.json holds what PEFT has no place for: the fingerprint of the base, the recipe, metrics, and the digests of the
 other two files. PEFT and vLLM ignore it. This file never sees a model.
 """
@@ -25,7 +26,8 @@ TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 NOTE_FILE = "luthier.json"
-FILES = frozenset({CONFIG_FILE, TENSOR_FILE, CARD_FILE, NOTE_FILE})
+MINUS_FILE = "loftq.safetensors"
+FILES = frozenset({CONFIG_FILE, TENSOR_FILE, CARD_FILE, NOTE_FILE, MINUS_FILE})
 NOTE_FORMAT = 1
 _WAY_OUT = f"Restore the folder; or delete {NOTE_FILE}, and with it the record of its base and recipe."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,13 +35,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What an adapter folder holds: its configuration, its tensors under their names on disk, and luthier's note."""
+    """What an adapter folder holds: its configuration, its tensors under their names on disk, and luthier's note.
+
+    `minus` is path -> (B, A), which `quantize_linears` takes off the weights to make the adapter's base; for most it is empty.
+    """
 
     path: Path
     config: LoraConfig
     tensors: dict[str, Tensor]
     note: dict[str, Any] = field(default_factory=dict)
     num_bytes: int = 0
+    minus: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -76,10 +82,17 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> AdapterFold
         raise AdapterFormatError(f"{path}: {len(odd)} of {len(tensors)} tensors are none of {needed}: {_some(odd)}")
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise AdapterFormatError(f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
-    return AdapterFolder(path, config, tensors, note, num_bytes)
+    return AdapterFolder(path, config, tensors, note, num_bytes, _read_minus(path, note))
 
 
-def write_adapter(path: str | Path, config_text: str, tensors: dict[str, Tensor], card: str, note: dict[str, Any]) -> Path:
+def write_adapter(
+    path: str | Path,
+    config_text: str,
+    tensors: dict[str, Tensor],
+    card: str,
+    note: dict[str, Any],
+    minus: dict[str, tuple[Tensor, Tensor]] | None = None,
+) -> Path:
     """Write an adapter folder in one step; an adapter that was there before is replaced whole or not at all.
 
     The same input gives the same bytes. Raises: StorageError, AdapterFormatError for tensors that are not finite.
@@ -88,10 +101,17 @@ def write_adapter(path: str | Path, config_text: str, tensors: dict[str, Tensor]
         raise AdapterFormatError(f"not saved: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
     raw = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, {"format": "pt"})
     digests = {CONFIG_FILE: _sha256(config_text.encode()), TENSOR_FILE: _sha256(raw)}
+    raw_minus = b""
+    if minus:
+        factors = {f"{layer}.{side}": factor for layer, pair in minus.items() for side, factor in zip("BA", pair, strict=True)}
+        raw_minus = save({name: factor.cpu().contiguous() for name, factor in sorted(factors.items())})
+        digests[MINUS_FILE] = _sha256(raw_minus)
     with new_folder(Path(path), replaces=FILES) as folder:
         (folder / TENSOR_FILE).write_bytes(raw)
         (folder / CONFIG_FILE).write_bytes(config_text.encode())
         (folder / CARD_FILE).write_bytes(card.encode())
+        if raw_minus:
+            (folder / MINUS_FILE).write_bytes(raw_minus)
         whole_note = {"format": NOTE_FORMAT, "files": digests} | note
         (folder / NOTE_FILE).write_bytes(json.dumps(whole_note, indent=2, sort_keys=True).encode())
     return Path(path)
@@ -100,6 +120,19 @@ def write_adapter(path: str | Path, config_text: str, tensors: dict[str, Tensor]
 def file_digests(path: Path) -> dict[str, str]:
     """Return name -> sha256 of the configuration and the tensors in a folder: which adapter it is, to the last bit."""
     return {name: _sha256((path / name).read_bytes()) for name in (CONFIG_FILE, TENSOR_FILE)}
+
+
+def _read_minus(path: Path, note: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    file = path / MINUS_FILE
+    if MINUS_FILE not in note.get("files", {}):
+        return {}
+    if not file.is_file():
+        raise AdapterFormatError(f"{path} has no {MINUS_FILE}, without which its base cannot be made again; restore the folder")
+    raw = file.read_bytes()
+    _check_digest(path, note, MINUS_FILE, raw)
+    factors = _parse_safetensors(file, raw)
+    layers = {name.rpartition(".")[0] for name in factors}
+    return {layer: (factors[f"{layer}.B"], factors[f"{layer}.A"]) for layer in sorted(layers)}
 
 
 def _read_text(path: Path) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapt.merging import merge, unmerge
+from luthier.adapt.packing import dense_state_dict, has_packed_layers
 from luthier.adapt.state import adapter_prefixes, roster_of
 from luthier.core.atomic import new_folder
 from luthier.core.errors import AdapterStateError
@@ -17,7 +18,8 @@ def save_merged(model: nn.Module, path: str | Path, *, tokenizer: Any = None) ->
     """Write `model` with its active adapters merged to the folder `path`, and leave `model` as it was.
 
     Weights that the merge gave two values (a tied embedding that only one side's adapter changed) are written as two, and
-    the configuration says that they are no longer tied. Raises: AdapterStateError, StorageError.
+    the configuration says that they are no longer tied. Weights stored in 4 bits are all written dense.
+    Raises: AdapterStateError, StorageError.
     """
     write = getattr(type(model), "save_pretrained", None)  # the class's own: attaching put a guard on the instance
     if write is None:
@@ -26,11 +28,12 @@ def save_merged(model: nn.Module, path: str | Path, *, tokenizer: Any = None) ->
     merge(model)
     config: Any = model.config
     tied = getattr(config, "tie_word_embeddings", None)
+    declared = vars(config).pop("quantization_config", None) if has_packed_layers(model) else None
     try:
         if tied and not _is_tied(model):
             config.tie_word_embeddings = False
         inside = adapter_prefixes(model)
-        weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+        weights = {name: tensor for name, tensor in dense_state_dict(model).items() if not name.startswith(inside)}
         with new_folder(Path(path)) as folder:
             write(model, folder, state_dict=weights)
             if tokenizer is not None:
@@ -38,6 +41,8 @@ def save_merged(model: nn.Module, path: str | Path, *, tokenizer: Any = None) ->
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied
+        if declared is not None:
+            config.quantization_config = declared
         if not was_merged:
             unmerge(model)
     return Path(path)

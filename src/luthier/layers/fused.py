@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from luthier.layers.linear import LoraLinear, is_autocast
+from luthier.layers.packed import PackedLinear
 from luthier.ops.attention import document_attention
 from luthier.ops.documents import Documents
 from luthier.ops.elementwise import rms_norm, rotate
@@ -101,7 +102,9 @@ def projection_of(layer: nn.Module, x: Tensor) -> Projection | None:
     """
     if isinstance(layer, LoraLinear):
         return layer.projection(x)
-    if type(layer) is not nn.Linear or layer.weight.dtype != x.dtype or is_autocast(x):
+    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, PackedLinear):
+        return None
+    if layer.weight.dtype != x.dtype or is_autocast(x):
         return None
     if any(parameter.requires_grad for parameter in layer.parameters()):
         return None

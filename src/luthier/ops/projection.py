@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.core.lora import lora_linear
 from luthier.ops.elementwise import Origin, origin_of
+from luthier.ops.packed import dense
 from luthier.ops.scratch import scratch, widened
 
 
@@ -241,7 +242,7 @@ class Part:
 
     def used_weight(self) -> Tensor:
         """weight, or weight + scaling * B A where that is cheaper, (O, I); good until the next call of any part."""
-        weight = widened("weight", self.weight, self.products)
+        weight = widened("weight", dense(self.weight), self.products)
         if not self.is_merged:
             return weight
         # In the weight's own layout: from the other one BLAS adds up in another order, and a fresh pair would change last bits.
