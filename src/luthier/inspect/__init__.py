@@ -6,4 +6,16 @@ Never trains, never changes a model or an adapter's folder.
 from luthier.core.lazy import lazy_names
 
 # No module here bears the name of what it holds: importing it would put the module in the place of the name.
-__getattr__, __all__ = lazy_names(__name__, {})
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "MemoryPlan": "luthier.inspect.memory_plan",
+        "Setting": "luthier.inspect.memory_plan",
+        "StepShape": "luthier.inspect.step_trace",
+        "growth": "luthier.inspect.memory_plan",
+        "num_parameters": "luthier.inspect.counts",
+        "plan_memory": "luthier.inspect.memory_plan",
+        "rank_table": "luthier.inspect.counts",
+        "trace_step": "luthier.inspect.step_trace",
+    },
+)

@@ -69,4 +69,6 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the same rows of tensors (..., O) as (N, O), a block at a time."""
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     step = max(1, BLOCK_BYTES // (4 * max(1, rows[0].shape[1])))
+    if rows[0].is_meta:
+        step = max(step, len(rows[0]) // 8)  # what one block holds shows in a few as well
     yield from zip(*(tensor.split(step) for tensor in rows), strict=True)
