@@ -190,7 +190,7 @@ def _head_is_plain(model: nn.Module, decoder: nn.Module) -> bool:
     if type(head) is not nn.Linear and not isinstance(head, LoraLinear):
         return False
     if head.weight.is_meta:
-        return model.config.model_type in FUSIBLE  # type: ignore[union-attr]
+        return getattr(model.config, "model_type", None) in FUSIBLE
     ids = torch.arange(2, 6, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
     try:
         wanted, hidden = model(input_ids=ids, use_cache=False).logits, decoder(input_ids=ids, use_cache=False).last_hidden_state

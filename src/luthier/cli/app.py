@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from luthier.cli import evaluate, generate, inspect, merge, methods, models, quickstart, train
+from luthier.cli import evaluate, generate, inspect, merge, methods, models, plan, quickstart, train
 from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
 
@@ -29,6 +29,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("plan")(plan.plan)
 app.add_typer(models.app, name="models")
 
 

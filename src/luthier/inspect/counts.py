@@ -73,7 +73,7 @@ def quantisable(model: "nn.Module") -> dict[str, int]:
     table = getattr(model, "get_input_embeddings", lambda: None)()
     kept = {id(module.weight) for module in (head, table) if module is not None}
     return {
-        path: module.weight.numel()  # type: ignore[union-attr, operator]
+        path: module.weight.numel()
         for path, module in model.named_modules()
         if is_linear(module) and id(module.weight) not in kept
     }

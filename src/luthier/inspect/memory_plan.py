@@ -94,39 +94,59 @@ class MemoryPlan:
         return asdict(self.setting) | values | {"flops": self.trace.flops}
 
 
-def plan_memory(model: "PreTrainedModel", config: LoraConfig, setting: Setting, process_bytes: int | None = None) -> MemoryPlan:
-    """Plan `setting` for `model`, which is on the meta device in the dtype of the run; `config` is the adapter's.
+class Planner:
+    """Plans runs of one model, which is on the meta device in the dtype of the run, with one adapter configuration.
 
-    `process_bytes` is what the process takes before the weights; by default that of a GPU. Raises: TargetError, ModelError.
+    `process_bytes` is what the process takes before the weights; by default that of a GPU. Traces are kept, since LoRA and QLoRA
+    differ only in how weights are stored.
     """
-    method, itemsize = setting.method, model.dtype.itemsize
-    if method == "full" and setting.freeze_A:
-        raise ConfigError("LoRA-FA freezes a part of a pair, and full fine-tuning has none; plan it for lora or qlora")
-    planned = None if method == "full" else plan(model, config)
-    trace = trace_step(model, planned, setting.shape, freeze_A=setting.freeze_A)
-    total = num_parameters(model)
-    in_four_bits = quantisable(model) if method == "qlora" else {}
-    weights = round(sum(in_four_bits.values()) * NF4_BITS / 8) + (total - sum(in_four_bits.values())) * itemsize
-    if planned is None:
-        adapter, trained, trained_itemsize = 0, total, itemsize
-        largest = max(parameter.numel() for parameter in model.parameters())
-    else:
-        adapter, trained, trained_itemsize = planned.num_parameters, planned.num_parameters, MASTER_BYTES
-        trained -= setting.freeze_A * num_frozen_A(planned)
-        largest = _largest(planned)
-    moment_bytes = trained_itemsize if setting.moment_bytes is None else setting.moment_bytes
-    return MemoryPlan(
-        setting=setting,
-        num_parameters=total,
-        num_trained=trained,
-        process_bytes=CUDA_BYTES if process_bytes is None else process_bytes,
-        weight_bytes=weights,
-        adapter_bytes=adapter * MASTER_BYTES,
-        moment_bytes=round(2 * trained * moment_bytes),
-        optimizer_working_bytes=2 * largest * trained_itemsize,
-        dequantised_bytes=max(in_four_bits.values(), default=0) * itemsize,
-        trace=trace,
-    )
+
+    def __init__(self, model: "PreTrainedModel", config: LoraConfig, process_bytes: int = CUDA_BYTES):
+        self.model, self.config, self.process_bytes = model, config, process_bytes
+        self.planned = plan(model, config)
+        self._traces: dict[tuple[bool, bool, StepShape], StepTrace] = {}
+
+    def plan(self, setting: Setting) -> MemoryPlan:
+        """Plan `setting`. Raises: ConfigError if it makes no sense, ModelError if the model cannot be traced."""
+        is_full, model = setting.method == "full", self.model
+        if is_full and setting.freeze_A:
+            raise ConfigError("LoRA-FA freezes a part of a pair, and full fine-tuning has none; plan it for lora or qlora")
+        in_four_bits = quantisable(model) if setting.method == "qlora" else {}
+        total, itemsize = num_parameters(model), model.dtype.itemsize
+        if is_full:
+            adapter, trained, trained_itemsize = 0, total, itemsize
+            largest = max(parameter.numel() for parameter in model.parameters())
+        else:
+            adapter, trained_itemsize, largest = self.planned.num_parameters, MASTER_BYTES, _largest(self.planned)
+            trained = adapter - setting.freeze_A * num_frozen_A(self.planned)
+        moment_bytes = trained_itemsize if setting.moment_bytes is None else setting.moment_bytes
+        return MemoryPlan(
+            setting=setting,
+            num_parameters=total,
+            num_trained=trained,
+            process_bytes=self.process_bytes,
+            weight_bytes=round(sum(in_four_bits.values()) * NF4_BITS / 8) + (total - sum(in_four_bits.values())) * itemsize,
+            adapter_bytes=adapter * MASTER_BYTES,
+            moment_bytes=round(2 * trained * moment_bytes),
+            optimizer_working_bytes=2 * largest * trained_itemsize,
+            dequantised_bytes=max(in_four_bits.values(), default=0) * itemsize,
+            trace=self._trace(setting),
+        )
+
+    def growth(self, setting: Setting) -> "Growth":
+        """Return how the peak grows, from three plans: of these rows and length, of twice the rows, and of twice the length."""
+        shape, peak = setting.shape, self.plan(setting).peak_bytes
+        wider = self.plan(replace(setting, shape=replace(shape, rows=2 * shape.rows))).peak_bytes
+        longer = self.plan(replace(setting, shape=replace(shape, length=2 * shape.length))).peak_bytes
+        by_row, by_token = max(1.0, (wider - peak) / shape.rows), max(1.0, (longer - peak) / shape.length)
+        return Growth(shape.rows, shape.length, peak, by_row, by_token)
+
+    def _trace(self, setting: Setting) -> StepTrace:
+        key = (setting.method == "full", setting.freeze_A, setting.shape)
+        if key not in self._traces:
+            planned = None if setting.method == "full" else self.planned
+            self._traces[key] = trace_step(self.model, planned, setting.shape, freeze_A=setting.freeze_A)
+        return self._traces[key]
 
 
 def _largest(planned: AttachPlan) -> int:
@@ -152,17 +172,3 @@ class Growth:
     def largest_length(self, free_bytes: float) -> int:
         """Return how long these rows may be to fit into so much memory; 0 if no length fits."""
         return max(0, int(self.length + (free_bytes - self.peak_bytes) // self.length_bytes))
-
-
-def growth(model: "PreTrainedModel", config: LoraConfig, found: MemoryPlan) -> Growth:
-    """Return how the peak of a plan grows, from two further plans: of twice the rows, and of twice the length."""
-    setting, shape = found.setting, found.setting.shape
-    wider = plan_memory(model, config, replace(setting, shape=replace(shape, rows=2 * shape.rows)), found.process_bytes)
-    longer = plan_memory(model, config, replace(setting, shape=replace(shape, length=2 * shape.length)), found.process_bytes)
-    return Growth(
-        shape.rows,
-        shape.length,
-        found.peak_bytes,
-        max(1.0, (wider.peak_bytes - found.peak_bytes) / shape.rows),
-        max(1.0, (longer.peak_bytes - found.peak_bytes) / shape.length),
-    )

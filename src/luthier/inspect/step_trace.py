@@ -1,12 +1,12 @@
-"""One training step on the meta device: what it would hold at each moment and what it would multiply, without a number formed.
+"""One training step on the meta device: what it would hold at each moment and what it would multiply; no number is formed.
 
-The model's own code runs, forward and backward, on tensors that have shapes only. Every block of memory is noted when an operation
-makes it and when the last tensor that needs it is gone, so nothing about an architecture has to be known beforehand.
+The model's own code runs, forward and backward, on tensors that have shapes only. Every block of memory is noted when an
+operation makes it and when the last tensor that needs it is gone, so nothing about an architecture has to be known beforehand.
 
 Of many decoder blocks that are alike only two and then four are run: each further pair adds what the second pair added.
 
-Attention is the exception: on the meta device torch would form the whole square of scores, which its kernels on real devices never
-hold. There q, k, v, the output and one float32 number per query and head are kept, as those kernels do.
+Attention is the exception: on the meta device torch would form the whole square of scores, which its kernels on real devices
+never hold. There q, k, v, the output and one float32 number per query and head are kept, as those kernels do.
 Source: Dao 2023, FlashAttention-2, arXiv:2307.08691, section 3.1.
 
 Shape letters: B rows, T tokens of a row, H heads, D head width, V vocabulary.
@@ -34,7 +34,7 @@ from luthier.layers.fused import needs_finishing, projection_of
 from luthier.ops.attention import is_blocked
 from luthier.ops.cross_entropy import labelled_cross_entropy
 from luthier.ops.documents import Documents
-from luthier.ops.placement import meta_stands_for
+from luthier.ops.placement import device_kind, meta_stands_for
 from luthier.ops.products import fast_products
 from luthier.ops.scratch import release_scratch
 
@@ -75,12 +75,14 @@ class StepShape:
 class StepTrace:
     """Bytes of one step beyond the weights, and what it multiplies.
 
-    `kept_bytes` is what the layers keep for the backward pass; the others are the most there is at once: in the layers on the way
-    forward, in head and loss, in the upper and in the lower half of the layers on the way back, where gradients come to be while
-    what was kept goes. `gradient_bytes` is what it ends with. `products` counts matrix products by their (rows, inner, columns);
-    `attention_flops` are those inside attention kernels.
+    `saved_bytes` is what autograd saves in the layers (without checkpointing), `kept_bytes` all that there is when they are
+    done: that, their input and output, and with checkpointing the input of each. The others are the most there is at once: in the
+    layers on the way forward, in head and loss, in the upper and in the lower half of the layers on the way back, where gradients
+    come to be while what was kept goes. `gradient_bytes` is what it ends with. `products` counts matrix products by their (rows,
+    inner, columns); `attention_flops` are those inside attention kernels.
     """
 
+    saved_bytes: int
     kept_bytes: int
     forward_bytes: int
     loss_bytes: int
@@ -174,12 +176,12 @@ def trace_whole(model: "PreTrainedModel", planned: AttachPlan | None, shape: Ste
         stack.callback(model.zero_grad)
         release_scratch()
         _prepare(stack, model, planned, shape, freeze_A)
-        live = _Live(model.parameters())
+        live = _Live([*model.parameters(), *model.buffers()])
         decoder = decoder_of(model)
         marks: dict[str, int] = {}
 
         def after_layers(*_: Any) -> None:
-            marks["forward"], marks["kept"] = live.take_peak(), live.held
+            marks.update(forward=live.take_peak(), kept=live.held, saved=sum(live.saved.values()))
 
         def halfway_back(_: Any) -> None:
             marks["upper"] = max(marks.get("upper", 0), live.take_peak())
@@ -195,7 +197,8 @@ def trace_whole(model: "PreTrainedModel", planned: AttachPlan | None, shape: Ste
             if middle is not None:
                 stack.callback(middle.register_forward_pre_hook(watch_gradient, with_kwargs=True).remove)
         try:
-            with live, _tiled_attention(live, shape):
+            saving = torch.autograd.graph.saved_tensors_hooks(live.note_saved, lambda tensor: tensor)
+            with live, _tiled_attention(live, shape), saving:
                 loss = _loss(model, decoder, shape)
                 loss_bytes = live.take_peak()
                 forward, kept = marks.get("forward", loss_bytes), marks.get("kept", live.held)
@@ -206,7 +209,8 @@ def trace_whole(model: "PreTrainedModel", planned: AttachPlan | None, shape: Ste
         gradients = sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
         lower = live.take_peak()
         upper = marks.get("upper", lower)
-        return StepTrace(kept, forward, loss_bytes, upper, lower, gradients, live.products, live.attention_flops)
+        saved = marks.get("saved", sum(live.saved.values()))
+        return StepTrace(saved, kept, forward, loss_bytes, upper, lower, gradients, live.products, live.attention_flops)
 
 
 def _prepare(stack: ExitStack, model: "PreTrainedModel", planned: AttachPlan | None, shape: StepShape, freeze_A: bool) -> None:
@@ -297,8 +301,8 @@ class _Live(TorchDispatchMode):
         self.held = self.peak = self.attention_flops = 0
         self.products: Counter[tuple[int, int, int]] = Counter()
         self.blocks: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        for tensor in known:
-            self.blocks[tensor.untyped_storage()] = True
+        self.saved: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def take_peak(self) -> int:
         """Return the most that was held since the last call."""
@@ -308,7 +312,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             # Models ask whether positions are those of one row, or a mask full: they are.
-            return args[0].dtype.is_floating_point and 1.0 or 1
+            return 1.0 if args[0].dtype.is_floating_point else 1
         result = func(*args, **(kwargs or {}))
         if (find := PRODUCTS.get(func)) is not None:
             batch, *sizes = find(*args)
@@ -319,13 +323,20 @@ class _Live(TorchDispatchMode):
         return result
 
     def _note(self, block: Any) -> None:
-        if block in self.blocks:
+        if block in self.blocks or block._cdata in self.known:
             return
         self.blocks[block] = True
         size = block.nbytes()
         self.held += size
         self.peak = max(self.peak, self.held)
         weakref.finalize(block, self._drop, size).atexit = False
+
+    def note_saved(self, tensor: Tensor) -> Tensor:
+        """Note what autograd saves. Detached, since a graph that holds its own output is never freed."""
+        block = tensor.untyped_storage()
+        if block._cdata not in self.known:
+            self.saved[block] = block.nbytes()
+        return tensor.detach()
 
     def _drop(self, size: int) -> None:
         self.held -= size
@@ -380,8 +391,13 @@ def _tiled_attention(live: _Live, shape: StepShape) -> Iterator[None]:
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_blocked: bool) -> Tensor:
-        # As the kernels lay it out: heads inside tokens, so that what follows reads it without a copy.
-        output = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1])).transpose(1, 2)
+        # On the CPU laid out as q is, elsewhere with heads inside tokens: whether the next reshape copies it depends on that.
+        output = (
+            torch.empty_like(q)
+            if device_kind(q.device) == "cpu"
+            else torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        )
+        output = output if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
         ctx.is_blocked = is_blocked
         ctx.save_for_backward(q, k, v, output, *(() if is_blocked else (q.new_empty(q.shape[:-1], dtype=torch.float32),)))
         return output

@@ -5,7 +5,7 @@ No weights are read, and from the Hub nothing but config.json is fetched.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ModelError
 from luthier.models.fetch import pull
@@ -32,7 +32,7 @@ def read_config(text: str) -> "PreTrainedConfig":
             path = pull(spec)
     elif not path.is_file():
         raise ModelError(f"There is no file {text!r}. Name a config.json, or the folder that holds it.")
-    elif not isinstance(_json(path), dict) or "model_type" not in _json(path):
+    elif "model_type" not in _json(path):
         raise ModelError(f"{text} is not a model's config.json: it names no model_type.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=False)
@@ -58,8 +58,9 @@ def meta_model(config: "PreTrainedConfig", dtype: "torch.dtype") -> "PreTrainedM
     return model.train()
 
 
-def _json(path: Path) -> object:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
