@@ -74,7 +74,7 @@ def test_growth_predicts_larger_plans() -> None:
         for rows, length in ((7, 256), (2, 900)):
             real = planner.plan(Setting("lora", StepShape(rows, length, checkpointing=checkpointing))).peak_bytes
             known = growth.peak_bytes + (rows - 2) * growth.row_bytes + (length - 256) * growth.length_bytes
-            assert 0.99 * real <= known <= 1.06 * real  # the head works in chunks, so it grows less than it begins
+            assert 0.99 * real <= known <= 1.1 * real  # the head works in chunks, so it grows less than it begins
         assert growth.largest_rows(growth.peak_bytes) == 2
         assert growth.largest_length(growth.peak_bytes - 1) == 255
         assert growth.largest_rows(0) == 0
