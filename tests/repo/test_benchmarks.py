@@ -89,6 +89,13 @@ def test_train_memory_runs_tiny(root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_plan_memory_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "plan_memory.py", "--only", "lora_short", "qlora", "--steps", "1")
+    assert set(result) == {"lora_short", "qlora"}
+    assert {"planned_gib", "peak_gib", "error"} <= set(result["lora_short"])
+
+
+@pytest.mark.slow
 def test_variants_run_tiny(root: Path, folder: Path) -> None:
     size = ("--steps", "4", "--held-out", "3", "--match", "2", "--seeds", "1")
     result = result_of(root, folder, "variants.py", *size, "--only", "lora", "dora", "adalora", "pissa")

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from luthier.cli import baseline, evaluate, generate, inspect, merge, methods, models, quickstart, train, truncate
+from luthier.cli import baseline, evaluate, generate, inspect, merge, methods, models, plan, quickstart, train, truncate
 from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
 
@@ -31,6 +31,7 @@ app.command("inspect")(inspect.inspect)
 app.command("truncate")(truncate.truncate)
 app.command("baseline")(baseline.baseline)
 app.command("methods")(methods.methods)
+app.command("plan")(plan.plan)
 app.add_typer(models.app, name="models")
 
 

@@ -17,5 +17,12 @@ __getattr__, __all__ = lazy_names(
         "compare_adapters": "luthier.inspect.similarity",
         "draw": "luthier.inspect.pictures",
         "html_report": "luthier.inspect.report",
+        "MemoryPlan": "luthier.inspect.memory_plan",
+        "Setting": "luthier.inspect.memory_plan",
+        "StepShape": "luthier.inspect.step_trace",
+        "num_parameters": "luthier.inspect.counts",
+        "Planner": "luthier.inspect.memory_plan",
+        "rank_table": "luthier.inspect.counts",
+        "trace_step": "luthier.inspect.step_trace",
     },
 )

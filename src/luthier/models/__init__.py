@@ -17,9 +17,11 @@ __getattr__, __all__ = lazy_names(
         "base_config": "luthier.models.load",
         "choose_dtype": "luthier.models.dtype",
         "load_model": "luthier.models.load",
+        "meta_model": "luthier.models.blueprint",
         "models_home": "luthier.models.cache",
         "parse_spec": "luthier.models.spec",
         "pull": "luthier.models.fetch",
         "pulled": "luthier.models.fetch",
+        "read_config": "luthier.models.blueprint",
     },
 )

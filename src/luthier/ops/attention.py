@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.ops.documents import DocumentGroup, Documents
+from luthier.ops.placement import device_kind
 from luthier.ops.products import fast_products
 
 BLOCK = 64
@@ -49,9 +50,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
     Shapes: q (N, H, D), k and v (N, K, D) -> (N, H, D).
     """
     longest = max(group.length for group in documents.groups)
-    products = fast_products(q)
-    if products in (torch.float32, torch.float64) and q.device.type == "cpu" and longest <= LONGEST_BLOCKED:
-        output: Tensor = _BlockedAttention.apply(q, k, v, documents, scale, products)
+    if is_blocked(q, longest) and not q.is_meta:
+        output: Tensor = _BlockedAttention.apply(q, k, v, documents, scale, fast_products(q))
         return output
     parts = []
     for group in documents.groups:
@@ -60,6 +60,12 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
         o_bHLD = F.scaled_dot_product_attention(q_bHLD, k_bKLD, v_bKLD, is_causal=True, scale=scale, enable_gqa=is_grouped)
         parts.append(group.put_back(o_bHLD.transpose(1, 2)))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def is_blocked(q: Tensor, longest: int) -> bool:
+    """Return whether attention of queries like `q`, in documents of up to `longest` tokens, is done here in blocks."""
+    products = fast_products(q)
+    return products in (torch.float32, torch.float64) and device_kind(q.device) == "cpu" and longest <= LONGEST_BLOCKED
 
 
 class _BlockedAttention(Function):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.processor import fast_bf16_unit
+from luthier.ops.placement import device_kind
 
 SLICE_BYTES = 32 * 2**20
 """Of a weight that is widened slice by slice, so that a head is never there twice."""
@@ -18,7 +19,7 @@ SLICE_BYTES = 32 * 2**20
 
 def fast_products(x: Tensor) -> torch.dtype:
     """Return the dtype in which products with tensors like `x` are fast on its device: its own, or float32."""
-    if x.dtype.itemsize > 2 or x.device.type != "cpu":
+    if x.dtype.itemsize > 2 or device_kind(x.device) != "cpu":
         return x.dtype
     # torch's CPU kernels multiply float16 fast on fewer processors still, and gain nothing over bfloat16 there.
     return x.dtype if x.dtype == torch.bfloat16 and fast_bf16_unit() else torch.float32

@@ -11,6 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
+from luthier.ops.placement import device_kind
+
 
 class _Buffers(threading.local):
     def __init__(self) -> None:
@@ -22,13 +24,13 @@ _buffers = _Buffers()
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialised memory in `shape`. Where another device has an allocator that keeps blocks it is a new tensor."""
-    if device.type != "cpu":
+    if device_kind(device) != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
     buffer = _buffers.by_name.get(name)
-    if buffer is None or buffer.nbytes < size:
+    if buffer is None or buffer.nbytes < size or buffer.device.type != device.type:
         _buffers.by_name.pop(name, None)
-        buffer = _buffers.by_name[name] = torch.empty(size, dtype=torch.uint8)
+        buffer = _buffers.by_name[name] = torch.empty(size, dtype=torch.uint8, device=device)
     return buffer[:size].view(dtype).view(shape)
 
 

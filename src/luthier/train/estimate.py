@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from luthier.data.batches import padded_length
 from luthier.engine.score import answer_loss
+from luthier.inspect.counts import MASTER_BYTES
+from luthier.inspect.step_trace import kept_blocks
 from luthier.layers.kinds import PARAMETER
 from luthier.ops.cross_entropy import CHUNK_BYTES
 from luthier.train.loop import Trainer
@@ -27,7 +28,6 @@ from luthier.train.runfolder import random_state, restore_random_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MASTER_BYTES = 4
 LOGIT_BYTES = 14
 """A logit of the model's own head costs 2 bytes in bf16, 4 in float32 for the loss, 4 for its log-softmax, 4 for its gradient."""
 WORKING_WIDTHS = 10
@@ -160,26 +160,12 @@ def _kept_bytes(trainer: Trainer) -> tuple[float, float]:
         few.append(indices[len(few)])
     batch = trainer.micro_batch(few)
     model = trainer.model
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
-    owners = [model.get_submodule(path) for path in {item.path for item in trainer.items if item.kind is PARAMETER}]
-    sums: set[int] = set()
-
-    def note(tensor: Tensor) -> None:
-        # By storage, since several views of one are kept once; detached, since a graph that holds its output is never freed.
-        address = tensor.untyped_storage().data_ptr()
-        if address not in own:
-            kept[address] = tensor.detach()
-            shown = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
-            if any(value.untyped_storage().data_ptr() == address for value in shown):
-                sums.add(address)
-
-    noting = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
-    with _leaving_no_trace(trainer), _without_checkpointing(model), noting:
+    own = (*model.parameters(), *model.buffers())
+    with _leaving_no_trace(trainer), _without_checkpointing(model), kept_blocks(own) as kept:
         answer_loss(model, batch)
-    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in kept.items()}
-    formed = sum(sizes[address] for address in sums)
-    return (sum(sizes.values()) - formed) / _cost(trainer, few), formed
+    stacks = {f"{item.path}.{item.key}" for item in trainer.items if item.kind is PARAMETER}
+    formed = sum(model.get_parameter(stack).nbytes for stack in stacks)  # the sums that take the parameters' places
+    return (sum(kept.values()) - formed) / _cost(trainer, few), formed
 
 
 @contextmanager

@@ -1,0 +1,184 @@
+"""How much memory a training run takes, by part and by phase, for LoRA, QLoRA and full fine-tuning, before anything is loaded.
+
+What lives through a step follows from counts; what a step holds for a while is traced (`step_trace`). A phase's memory is
+
+    loaded      process + weights + adapter
+    forward     loaded + moments + the most that layers, head and loss hold at once
+    backward    loaded + moments + the most on the way back, gradients among it
+    optimiser   loaded + moments + gradients + two temporaries as large as the largest trained tensor
+
+and the run's is the largest of these, plus the holes that an allocator leaves.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.adapt.planning import AttachPlan, plan
+from luthier.core.config import LoraConfig
+from luthier.core.errors import ConfigError
+from luthier.inspect.counts import MASTER_BYTES, num_frozen_A, num_parameters, quantisable
+from luthier.inspect.step_trace import StepShape, StepTrace, trace_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Method = Literal["lora", "qlora", "full"]
+METHODS: tuple[Method, ...] = ("lora", "qlora", "full")
+
+NF4_BITS = 4.127
+"""A weight in NF4 with double quantisation: 4 bits, 8 for the scale of each 64, 32 for the second scale of each 256 of those.
+Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3."""
+CUDA_BYTES = int(1.2 * 2**30)
+"""What a process takes of a GPU before its first tensor: CUDA's context and the libraries' kernels, 1 to 1.3 GiB."""
+
+
+HOLES = 0.35
+"""Of the kept activations: what glibc's allocator holds without use between them, where the run leaves it as it is (float32 on a
+CPU without checkpointing; see `luthier.train.memory`). Fitted to two measured peaks of SmolLM2, at 512 and 1,024 tokens."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned: the method, the step's shape, and the bytes of each of AdamW's two moments (None: as what is trained)."""
+
+    method: Method
+    shape: StepShape
+    moment_bytes: float | None = None
+    freeze_A: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part and by phase. Parts are what they are at the peak of the phase that needs most of them; together they may
+    be more than the peak, since not all are there at once."""
+
+    setting: Setting
+    num_parameters: int
+    num_trained: int
+    process_bytes: int
+    weight_bytes: int
+    adapter_bytes: int
+    moment_bytes: int
+    optimizer_working_bytes: int
+    dequantised_bytes: int
+    hole_bytes: int
+    trace: StepTrace
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Part -> bytes; `working` is what passes between operations inside a layer."""
+        trace = self.trace
+        return {
+            "process": self.process_bytes,
+            "weights": self.weight_bytes,
+            "adapter": self.adapter_bytes,
+            "gradients": trace.gradient_bytes,
+            "moments": self.moment_bytes,
+            "activations": trace.kept_bytes,
+            "logits and loss": max(0, trace.loss_bytes - trace.kept_bytes),
+            "allocator's holes": self.hole_bytes,
+            "working space": max(0, trace.forward_bytes - trace.kept_bytes) + self.dequantised_bytes,
+        }
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Phase -> the most bytes there are at once in it."""
+        loaded = self.process_bytes + self.weight_bytes + self.adapter_bytes
+        there, trace = loaded + self.moment_bytes, self.trace
+        return {
+            "loaded": loaded,
+            "forward": there + self.hole_bytes + max(trace.forward_bytes + self.dequantised_bytes, trace.loss_bytes),
+            "backward": there + self.hole_bytes + trace.backward_bytes + self.dequantised_bytes,
+            "optimiser step": there + trace.gradient_bytes + self.optimizer_working_bytes,
+        }
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.phases.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {key: getattr(self, key) for key in ("num_parameters", "num_trained", "parts", "phases", "peak_bytes")}
+        return asdict(self.setting) | values | {"flops": self.trace.flops}
+
+
+class Planner:
+    """Plans runs of one model, which is on the meta device in the dtype of the run, with one adapter configuration.
+
+    `process_bytes` is what the process takes before the weights; by default that of a GPU. Traces are kept, since LoRA and QLoRA
+    differ only in how weights are stored.
+    """
+
+    def __init__(self, model: "PreTrainedModel", config: LoraConfig, process_bytes: int = CUDA_BYTES):
+        self.model, self.config, self.process_bytes = model, config, process_bytes
+        self.planned = plan(model, config)
+        self._traces: dict[tuple[bool, bool, StepShape], StepTrace] = {}
+
+    def plan(self, setting: Setting) -> MemoryPlan:
+        """Plan `setting`. Raises: ConfigError if it makes no sense, ModelError if the model cannot be traced."""
+        is_full, model = setting.method == "full", self.model
+        if is_full and setting.freeze_A:
+            raise ConfigError("LoRA-FA freezes a part of a pair, and full fine-tuning has none; plan it for lora or qlora")
+        in_four_bits = quantisable(model) if setting.method == "qlora" else {}
+        total, itemsize = num_parameters(model), model.dtype.itemsize
+        if is_full:
+            adapter, trained, trained_itemsize = 0, total, itemsize
+            largest = max(parameter.numel() for parameter in model.parameters())
+        else:
+            adapter, trained_itemsize, largest = self.planned.num_parameters, MASTER_BYTES, _largest(self.planned)
+            trained = adapter - setting.freeze_A * num_frozen_A(self.planned)
+        trace, shape = self._trace(setting), setting.shape
+        leaves_holes = shape.device == "cpu" and itemsize > 2 and not shape.checkpointing
+        moment_bytes = trained_itemsize if setting.moment_bytes is None else setting.moment_bytes
+        return MemoryPlan(
+            setting=setting,
+            num_parameters=total,
+            num_trained=trained,
+            process_bytes=self.process_bytes,
+            weight_bytes=round(sum(in_four_bits.values()) * NF4_BITS / 8) + (total - sum(in_four_bits.values())) * itemsize,
+            adapter_bytes=adapter * MASTER_BYTES,
+            moment_bytes=round(2 * trained * moment_bytes),
+            optimizer_working_bytes=2 * largest * trained_itemsize,
+            dequantised_bytes=max(in_four_bits.values(), default=0) * itemsize,
+            hole_bytes=round(HOLES * trace.kept_bytes) if leaves_holes else 0,
+            trace=trace,
+        )
+
+    def growth(self, setting: Setting) -> "Growth":
+        """Return how the peak grows, from three plans: of these rows and length, of twice the rows, and of twice the length."""
+        shape, peak = setting.shape, self.plan(setting).peak_bytes
+        wider = self.plan(replace(setting, shape=replace(shape, rows=2 * shape.rows))).peak_bytes
+        longer = self.plan(replace(setting, shape=replace(shape, length=2 * shape.length))).peak_bytes
+        by_row, by_token = max(1.0, (wider - peak) / shape.rows), max(1.0, (longer - peak) / shape.length)
+        return Growth(shape.rows, shape.length, peak, by_row, by_token)
+
+    def _trace(self, setting: Setting) -> StepTrace:
+        key = (setting.method == "full", setting.freeze_A, setting.shape)
+        if key not in self._traces:
+            planned = None if setting.method == "full" else self.planned
+            self._traces[key] = trace_step(self.model, planned, setting.shape, freeze_A=setting.freeze_A)
+        return self._traces[key]
+
+
+def _largest(planned: AttachPlan) -> int:
+    pairs = [max(layer.in_features, layer.out_features) * layer.r for layer in planned.layers]
+    return max([*pairs, *planned.saved.values(), *planned.biases.values(), *(each.num_parameters for each in planned.tables)])
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Peak bytes as a function of rows and length, from three plans: a step's memory grows with its tokens and no faster."""
+
+    rows: int
+    length: int
+    peak_bytes: int
+    row_bytes: float
+    length_bytes: float
+    """More bytes for one row more at this length, and for one token more in each of these rows."""
+
+    def largest_rows(self, free_bytes: float) -> int:
+        """Return how many rows of this length fit into so much memory; 0 if not one does."""
+        return max(0, int(self.rows + (free_bytes - self.peak_bytes) // self.row_bytes))
+
+    def largest_length(self, free_bytes: float) -> int:
+        """Return how long these rows may be to fit into so much memory; 0 if no length fits."""
+        return max(0, int(self.length + (free_bytes - self.peak_bytes) // self.length_bytes))

@@ -1,0 +1,102 @@
+"""Plans against figures that others published, and what must hold between plans.
+
+Bands: figures that were measured (PEFT's benchmark) within 15 %, read off a plot (QLoRA's figure 6) within 15 %, rules of thumb
+(LLaMA-Factory's and Unsloth's tables) within 30 %, as the research notes state them.
+"""
+
+import pytest
+import torch
+from tests.meta_models import llama_model
+
+from luthier.core.config import LoraConfig
+from luthier.core.errors import ConfigError
+from luthier.inspect import Planner, Setting, StepShape
+from luthier.inspect.memory_plan import CUDA_BYTES
+
+GIB, GB = 2**30, 1e9
+
+
+def peak(
+    size: str,
+    method: str,
+    rows: int,
+    length: int,
+    *,
+    r: int = 8,
+    targets: list[str] | str = "all-linear",
+    checkpointing: bool = False,
+) -> int:
+    """Return the planned peak on a GPU in bfloat16, as PEFT and a transformers Trainer compute."""
+    shape = StepShape(rows, length, "peft", checkpointing, "cuda")
+    planner = Planner(llama_model(size).to(torch.bfloat16), LoraConfig(r=r, target_modules=targets))
+    return planner.plan(Setting(method, shape)).peak_bytes  # type: ignore[arg-type]
+
+
+def test_pefts_benchmark_of_llama_3_2_3b() -> None:
+    """Max reserved 20.76 GiB with LoRA, 36.2 GiB with full fine-tuning (4 rows of 768 tokens, no checkpointing)."""
+    assert peak("3.2-3B", "lora", 4, 768, r=32, targets=["q_proj", "v_proj"]) / GIB == pytest.approx(20.76, rel=0.15)
+    assert peak("3.2-3B", "full", 4, 768) / GIB == pytest.approx(36.2, rel=0.15)
+
+
+@pytest.mark.parametrize(("size", "published"), [("7B", 6.9), ("13B", 11.3), ("65B", 45.0)])
+def test_qloras_figure_6(size: str, published: float) -> None:
+    """One row of 512 tokens, r=64 on all linear layers, checkpointing. The figure adds up tensors, without CUDA's own part."""
+    tensors = peak(size, "qlora", 1, 512, r=64, checkpointing=True) - CUDA_BYTES
+    assert tensors / GB == pytest.approx(published, rel=0.15)
+
+
+@pytest.mark.parametrize(("length", "published"), [(1024, 6), (2048, 7), (4096, 9), (8192, 12), (16384, 19), (32768, 32)])
+def test_llama_factorys_lengths(length: int, published: float) -> None:
+    """LLaMA-2-7B in 4 bits, r=8 on all linear layers, one row; a rule of thumb in whole gigabytes."""
+    assert peak("7B", "qlora", 1, length, checkpointing=True) / GIB == pytest.approx(published, rel=0.3)
+
+
+def test_full_fine_tuning_of_65b_needs_more_than_780_gb() -> None:
+    """16-bit weights and gradients, float32 moments: twelve bytes a parameter."""
+    shape = StepShape(1, 64, "peft", True, "cuda")
+    found = Planner(llama_model("65B").to(torch.bfloat16), LoraConfig()).plan(Setting("full", shape, moment_bytes=4))
+    static = found.weight_bytes + found.trace.gradient_bytes + found.moment_bytes
+    assert static == 12 * 65_285_660_672
+    assert found.peak_bytes > 780 * GB
+
+
+def test_double_quantised_nf4_takes_4_127_bits_of_each_linear_weight() -> None:
+    found = Planner(llama_model("7B").to(torch.bfloat16), LoraConfig()).plan(Setting("qlora", StepShape(1, 16)))
+    linear, total = 6_476_005_376, 6_738_415_616
+    assert found.weight_bytes == round(linear * 4.127 / 8) + 2 * (total - linear)
+
+
+def test_growth_predicts_larger_plans() -> None:
+    planner = Planner(llama_model("SmolLM2"), LoraConfig())
+    for checkpointing in (False, True):
+        setting = Setting("lora", StepShape(2, 256, checkpointing=checkpointing))
+        growth = planner.growth(setting)
+        for rows, length in ((7, 256), (2, 900)):
+            real = planner.plan(Setting("lora", StepShape(rows, length, checkpointing=checkpointing))).peak_bytes
+            known = growth.peak_bytes + (rows - 2) * growth.row_bytes + (length - 256) * growth.length_bytes
+            assert 0.99 * real <= known <= 1.1 * real  # the head works in chunks, so it grows less than it begins
+        assert growth.largest_rows(growth.peak_bytes) == 2
+        assert growth.largest_length(growth.peak_bytes - 1) == 255
+        assert growth.largest_rows(0) == 0
+
+
+def test_fused_keeps_less_than_plain_and_checkpointing_less_than_either() -> None:
+    planner = Planner(llama_model("SmolLM2"), LoraConfig())
+    kept = {
+        (path, checkpointing): planner.plan(Setting("lora", StepShape(2, 128, path, checkpointing))).trace.kept_bytes  # type: ignore[arg-type]
+        for path in ("fused", "plain")
+        for checkpointing in (False, True)
+    }
+    assert kept["fused", True] < kept["fused", False] < kept["plain", False]
+    assert kept["plain", True] < kept["fused", False]
+
+
+def test_moments_of_eight_bits_take_a_quarter() -> None:
+    planner = Planner(llama_model("SmolLM2"), LoraConfig())
+    wide, narrow = (planner.plan(Setting("lora", StepShape(1, 32), moment_bytes=each)) for each in (None, 1))
+    assert wide.moment_bytes == 4 * narrow.moment_bytes == 8 * 2_442_240
+
+
+def test_frozen_A_is_no_setting_of_full_fine_tuning() -> None:
+    with pytest.raises(ConfigError, match="LoRA-FA"):
+        Planner(llama_model("SmolLM2"), LoraConfig()).plan(Setting("full", StepShape(1, 32), freeze_A=True))
