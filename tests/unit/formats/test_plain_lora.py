@@ -95,7 +95,7 @@ def test_what_is_inspected_is_the_dense_update(triplets: Callable[..., nn.Module
         assert found[path]["delta_norm"] == pytest.approx(norm, rel=1e-9)
         if len(E):
             assert plain[path]["delta_norm"] == pytest.approx(norm, rel=1e-6)
-    assert "AdaLoRA, rank 2 of 3 on average, alpha 40" in (tmp_path / "ada" / "README.md").read_text()
+    assert "AdaLoRA, r=3 to 2 on average, alpha=40" in (tmp_path / "ada" / "README.md").read_text()
 
 
 def test_what_cannot_be_plain_is_refused(
