@@ -1,7 +1,8 @@
 """merge() and unmerge(): fold the active adapters into the base weights, and put the very same base parameters back.
 
 A merge never writes into a base tensor. It puts a new parameter in its place and keeps the original, so unmerging is exact
-in every dtype, and a weight that two modules share becomes two weights instead of getting the update twice.
+in every dtype, and a weight that two modules share becomes two weights instead of getting the update twice, or one again where
+both come out the same.
 """
 
 import logging
@@ -119,6 +120,7 @@ def unmerge(model: nn.Module) -> None:
 def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
     roster = roster_of(model)
     new = []
+    first_of: dict[int, nn.Parameter] = {}
     for path, module in adapted_modules(model):
         if any(name in module.lora for name in roster.active) and (reason := why_not_folded(module)):
             raise AdapterStateError(f"{path} {reason}; leave it unmerged")
@@ -138,8 +140,10 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
             owner = module.get_submodule(owner_path)
             own = owner._parameters[last]
             assert own is not None
-            merged = fold(replaced.get(key, own.detach()), deltas.get(key, [])).to(own.dtype)
-            new.append((_dotted(path, owner_path), owner, last, _checked(_dotted(path, key), merged)))
+            folded = fold(replaced.get(key, own.detach()), deltas.get(key, [])).to(own.dtype)
+            merged = _checked(_dotted(path, key), folded)
+            first = first_of.setdefault(id(own), merged)
+            new.append((_dotted(path, owner_path), owner, last, first if torch.equal(first, merged) else merged))
     return new
 
 

@@ -88,9 +88,21 @@ class AdapterParameter:
         return self.role.rpartition(".")[2]
 
 
-def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[AdapterParameter]:
-    """Yield every trained tensor of the adapter `name`, in the model's order. Raises: AdapterStateError if there is none."""
+def adapter_parameters(model: nn.Module, name: str = "default", *, every_name: bool = False) -> Iterator[AdapterParameter]:
+    """Yield every trained tensor of the adapter `name`, in the model's order.
+
+    One that several modules share (ensure_weight_tying) comes once, as an optimiser needs it, or with `every_name` for each of
+    them, as files do. Raises: AdapterStateError if there is no such adapter.
+    """
     roster_of(model).check(name)
+    seen: set[int] = set()
+    for item in _adapter_parameters(model, name):
+        if every_name or id(item.parameter) not in seen:
+            seen.add(id(item.parameter))
+            yield item
+
+
+def _adapter_parameters(model: nn.Module, name: str) -> Iterator[AdapterParameter]:
     for path, module in adapted_modules(model):
         pair = module.lora[name] if name in module.lora else nn.Module()
         if isinstance(pair, ParameterPairs):

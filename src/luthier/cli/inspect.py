@@ -50,7 +50,8 @@ def inspect(
     if plot:
         for name, picture in pictures.items():
             write_atomic(plot / name, picture)
-    facts = {key: found[key] for key in ("folder", "base", "fingerprint", "method", "targets", "parameters", "size", "tensors")}
+    shown = ("folder", "base", "fingerprint", "method", "targets", "besides", "parameters", "size", "tensors")
+    facts = {key: found[key] for key in shown}
     facts |= {"trained by": found["trained by"], **found["metrics"], **found["recipe"]}
     if html:
         write_atomic(html, html_report(f"Adapter {folder.path.name}", facts, spectra, remarks, similarity, pictures))

@@ -126,13 +126,13 @@ def _check_request(adapter: Path, out: Path, rank: int | None, energy: float | N
 
 
 def _check_possible(before: AdapterFolder, svds: dict[str, _Svd]) -> None:
-    if not svds:
-        raise AdapterStateError(f"{before.path} has no pairs, and so no rank: there is nothing to truncate")
     if before.config.target_parameters:
         raise AdapterStateError(
             f"{before.path} adapts {', '.join(before.config.target_parameters)}: the experts of a parameter share one rank and "
             "one entry of the file, and are not truncated yet"
         )
+    if not svds:
+        raise AdapterStateError(f"{before.path} has no pairs, and so no rank: there is nothing to truncate")
     if isinstance(before.config, AdaLoraConfig):
         if before.config.bias != "none":
             raise AdapterStateError(f"{before.path} is an AdaLoRA adapter that trains biases, which has no form as plain LoRA")

@@ -100,7 +100,8 @@ def save_adapter(
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Return the adapter's tensors under their names on disk, as detached copies on the CPU."""
-    tensors = {item_key(item): item.parameter for item in adapter_parameters(model, name)} | _with_start(model, name)
+    items = adapter_parameters(model, name, every_name=True)
+    tensors = {item_key(item): item.parameter for item in items} | _with_start(model, name)
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
 
 

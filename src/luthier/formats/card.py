@@ -16,11 +16,8 @@ def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
         lines.append("pipeline_tag: text-generation")
     lines += ["tags:", f"- 'base_model:adapter:{quoted}'", "- lora", "- transformers", "---", ""]
     lines += [f"# LoRA adapter for {base or 'a base model'}", ""]
-    variants = (", rsLoRA" if config.use_rslora else "") + (", DoRA" if config.use_dora else "")
-    rank = f"rank {config.r}"
-    if isinstance(config, AdaLoraConfig):
-        rank = f"AdaLoRA, rank {config.target_r} of {config.init_r} on average"
-    lines += [f"- {rank}, alpha {config.lora_alpha:g}{variants}", f"- on {named_targets(config)}", ""]
+    facts = [method_of(config), f"on {targets}" if (targets := named_targets(config)) else "", named_whole(config)]
+    lines += [*(f"- {fact}" for fact in facts if fact), ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in sorted(metrics.items())]
@@ -38,8 +35,24 @@ def model_card(config: LoraConfig, metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def method_of(config: LoraConfig) -> str:
+    """Return the adapter's method and size in a few words."""
+    if not named_targets(config):
+        return "no pairs: parts of the base are trained whole"
+    if isinstance(config, AdaLoraConfig):
+        return f"AdaLoRA, r={config.init_r} to {config.target_r} on average, alpha={config.lora_alpha:g}"
+    method = "DoRA" if config.use_dora else "LoRA"
+    return f"{method}, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}"
+
+
+def named_whole(config: LoraConfig) -> str:
+    """Return the modules that the adapter replaces whole, as its configuration names them, in one line."""
+    names = ", ".join(sorted(config.modules_to_save or ()))
+    return f"saved whole: {names}" if names else ""
+
+
 def named_targets(config: LoraConfig) -> str:
-    """Return what the adapter adapts, as its configuration names it, in one line."""
+    """Return what the adapter has pairs for, as its configuration names it, in one line."""
     if isinstance(config.target_modules, str):
         return ", ".join([config.target_modules, *sorted(config.target_parameters or ())])
     return ", ".join(sorted([*config.target_modules, *(config.target_parameters or ())]))

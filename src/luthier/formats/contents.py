@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.spectrum import factored_norm
-from luthier.formats.card import named_targets
+from luthier.formats.card import method_of, named_targets, named_whole
 from luthier.formats.folder import AdapterFolder
 from luthier.formats.pairs import stored_pairs
 
@@ -23,8 +22,9 @@ def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
         "folder": str(folder.path),
         "base": config.base_model_name_or_path,
         "fingerprint": (base.get("sample_digest") or "")[:16] or None,
-        "method": _method(config),
+        "method": method_of(config),
         "targets": named_targets(config),
+        "besides": named_whole(config),
         "parameters": f"{folder.num_parameters:,}",
         "num_parameters": folder.num_parameters,
         "size": f"{folder.num_bytes / 1e6:.2f} MB",
@@ -36,13 +36,6 @@ def describe_adapter(folder: AdapterFolder) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "layers": _layers(folder),
     }
-
-
-def _method(config: LoraConfig) -> str:
-    if isinstance(config, AdaLoraConfig):
-        return f"AdaLoRA, r={config.init_r} to {config.target_r} on average, alpha={config.lora_alpha:g}"
-    method = "DoRA" if config.use_dora else "LoRA"
-    return f"{method}, r={config.r}, alpha={config.lora_alpha:g}{', rsLoRA' if config.use_rslora else ''}"
 
 
 def _layers(folder: AdapterFolder) -> list[dict[str, Any]]:

@@ -116,8 +116,10 @@ def _pairs(config: LoraConfig, tensors: dict[str, Tensor], key_A: str, key_B: st
     num_experts, rest = divmod(pair.r, r)
     if others or rest or pair.lora_B.ndim != 2 or pair.lora_B.shape[1] != pair.r:
         return []  # the file does not say which of its module's parameters this is, and so neither its rank
-    lefts, rights = expert_factors(pair.lora_A, pair.lora_B, num_experts)
     scaling = lora_scaling(r, alpha, config.use_rslora)
+    if num_experts == 1:
+        return [replace(pair, scaling=scaling)]  # of a matrix, such as a linear layer's weight
+    lefts, rights = expert_factors(pair.lora_A, pair.lora_B, num_experts)
     return [
         replace(pair, path=f"{pair.path}.{expert}", kind="expert", scaling=scaling, lora_A=right, lora_B=left)
         for expert, (left, right) in enumerate(zip(lefts, rights, strict=True))

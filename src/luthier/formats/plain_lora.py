@@ -22,7 +22,8 @@ def plain_lora(model: nn.Module, name: str, config: LoraConfig) -> tuple[LoraCon
         raise AdapterStateError(f"adapter {name!r} is no AdaLoRA adapter; save it as it is")
     if config.bias != "none":
         raise AdapterStateError("the adapter trains biases, of layers too that may have no rank left; save it as it is")
-    tensors = {item_key(item): _copy(item.parameter) for item in adapter_parameters(model, name) if item.role not in ROLES}
+    items = adapter_parameters(model, name, every_name=True)
+    tensors = {item_key(item): _copy(item.parameter) for item in items if item.role not in ROLES}
     ranks: dict[str, int] = {}
     scaling = 0.0
     for path, pair in adalora_pairs(model, name):

@@ -123,6 +123,8 @@ def adapter_spectra(folder: AdapterFolder, find_weight: FindWeight | None = None
         recorded = (folder.note.get("base") or {}).get("matrices") or {}
         missing, foreign = [], []
         for index, pair in enumerate(pairs):
+            if pair.kind == "expert":
+                continue  # which stack of the module its weight lies in, the file does not say
             weight = find_weight(pair.parameter)
             if weight is not None and _is_foreign(pair.parameter, weight, recorded):
                 foreign.append(pair.parameter)
@@ -141,7 +143,7 @@ def adapter_spectra(folder: AdapterFolder, find_weight: FindWeight | None = None
                 f"WRONG BASE? {len(foreign)} of {len(pairs)} weights are not those that the adapter was trained on, such as "
                 f"{foreign[0]}; what is told beside the base is then about another model."
             )
-        if len(missing) < len(pairs):
+        if any(layer.base is not None for layer in layers):
             remarks.append(FLOOR_CAVEAT)
     others = tuple(_others(folder, pairs, find_weight))
     return AdapterSpectra(tuple(layers), others, share, tuple(remarks))
@@ -242,6 +244,14 @@ def _remarks(folder: AdapterFolder, pairs: list[StoredPair], share: float) -> It
         yield (
             f"It began as {converted.get('init_lora_weights')}: the spectrum is that of the change from there, which has up to "
             "twice the rank that was trained."
+        )
+    if any(pair.kind == "expert" for pair in pairs):
+        yield "Experts are told one by one, and have no share: the file does not say which stack of weights each update is for."
+    paired = {key for pair in pairs for key in pair.keys}
+    if alone := [key for key in canonical_tensors(folder) if key.endswith(".lora_A.weight") and key not in paired]:
+        yield (
+            f"{len(alone)} pairs are left out, such as {alone[0].removeprefix(PREFIX)}: with patterns, only the base could tell "
+            "which parameter of the module they are for, and so their rank."
         )
     if any(pair.kind == "convolution" for pair in pairs):
         yield "Of a convolution the update is one matrix, output channels by input channels times window."

@@ -177,3 +177,13 @@ def test_weights_tied_inside_a_saved_module_stay_tied() -> None:
     detach(model)
     assert torch.equal(model["block"](x), before)
     assert model["block"].one.weight is model["block"].two.weight
+
+
+def test_a_table_trained_for_both_its_users_moves_once_a_step(tiny_llama: Callable, ids: Tensor) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    attach(model, LoraConfig(target_modules=[], modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+    (item,) = adapter_parameters(model)
+    before = item.parameter.detach().clone()
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD([each.parameter for each in adapter_parameters(model)], lr=0.5).step()
+    torch.testing.assert_close(item.parameter.detach(), before - 0.5 * item.parameter.grad)

@@ -274,3 +274,12 @@ def test_an_update_of_zero_keeps_one_rank(tmp_path: Path) -> None:
     done = truncate(save_adapter(model, tmp_path / "given"), tmp_path / "cut", energy=0.9)
     assert (done.layers[0].r_after, done.predicted, done.measured) == (1, 0, 0)
     load_adapter(Plain(), tmp_path / "cut", force=True)
+
+
+@pytest.mark.parametrize("patterns", [{}, {"down_proj": 1}], ids=str)
+def test_experts_are_refused_by_name(tiny_moe: Any, tmp_path: Path, patterns: dict[str, int]) -> None:
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=experts, rank_pattern=patterns)
+    folder = save_adapter(randomised(tiny_moe("mixtral", layers=1), config), tmp_path / "given")
+    with pytest.raises(AdapterStateError, match=r"adapts experts\.\w+, experts\.\w+: the experts of a parameter"):
+        truncate(folder, tmp_path / "cut", rank=1)

@@ -123,7 +123,6 @@ def test_keys_that_say_nothing_are_passed_over(key: str, caplog: pytest.LogCaptu
     ("key", "value"),
     [
         ("use_qalora", True),
-        ("ensure_weight_tying", True),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("alora_invocation_tokens", [1]),
         ("loftq_config", {"loftq_bits": 4}),

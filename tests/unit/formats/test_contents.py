@@ -63,3 +63,12 @@ def test_an_adapter_of_another_program(saved: Path) -> None:
     described = describe_adapter(read_adapter(saved))
     assert described["fingerprint"] is None and described["trained by"] == "" and described["recipe"] == {}
     assert len(described["layers"]) == 4
+
+
+def test_an_adapter_without_pairs_claims_no_rank(adapted: Make, tmp_path: Path) -> None:
+    model = adapted(target_modules=[], modules_to_save=["lm_head", "model.norm"])
+    described = describe_adapter(read_adapter(save_adapter(model, tmp_path / "a")))
+    assert described["method"] == "no pairs: parts of the base are trained whole" and not described["targets"]
+    assert described["besides"] == "saved whole: lm_head, model.norm"
+    card = (tmp_path / "a/README.md").read_text()
+    assert "no pairs" in card and "saved whole: lm_head, model.norm" in card and "r=8" not in card

@@ -27,6 +27,8 @@ CASES = {
     "tied-head": ({"tie_word_embeddings": True}, {"target_modules": ["lm_head", "q_proj"]}),
     "tied-both": ({"tie_word_embeddings": True}, {"target_modules": ["embed_tokens", "lm_head"]}),
     "tied-saved-head": ({"tie_word_embeddings": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "tied-as-one": ({"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    "tied-rows": ({"tie_word_embeddings": True}, {"trainable_token_indices": [3, 42]}),
 }
 
 
@@ -77,6 +79,20 @@ def test_what_stays_tied_is_stored_once(tiny_llama: Make, adapted: Make, tmp_pat
     folder = save_merged(adapted(tiny_llama(tie_word_embeddings=True)), tmp_path / "merged")
     assert AutoConfig.from_pretrained(folder).tie_word_embeddings is True
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config", [{"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {"trainable_token_indices": [3, 42]}]
+)
+def test_a_table_that_is_trained_for_both_its_users_stays_tied(
+    tiny_llama: Make, adapted: Make, tmp_path: Path, config: dict
+) -> None:
+    model = adapted(tiny_llama(tie_word_embeddings=True), **config)
+    folder = save_merged(model, tmp_path / "merged")
+    assert AutoConfig.from_pretrained(folder).tie_word_embeddings is True
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_merged_weight_is_the_dense_sum_in_float64_rounded_once(tiny_llama: Make, adapted: Make, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def logits(model: nn.Module) -> Tensor:
 def triplets(tiny_llama: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Return a factory of models with an AdaLoRA adapter whose layers have ranks of 0, 3, 2 and 1."""
 
-    def make(**changed: Any) -> nn.Module:
-        model = tiny_llama()
+    def make(*, tied: bool = False, **changed: Any) -> nn.Module:
+        model = tiny_llama(tie_word_embeddings=tied)
         attach(model, AdaLoraConfig(init_r=3, target_r=2, lora_alpha=40, target_modules=["q_proj", "down_proj"], **changed))
         with torch.no_grad():
             for item in adapter_parameters(model):
@@ -68,6 +68,16 @@ def test_the_plain_lora_computes_the_same(
     assert (logits(tiny_llama()) - expected).abs().max() > 1e-2
 
 
+def test_a_table_trained_for_both_its_users_is_read_back_as_one(
+    triplets: Callable[..., nn.Module], tiny_llama: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = triplets(tied=True, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    save_adapter(model, tmp_path / "plain", as_lora=True)
+    again = tiny_llama(tie_word_embeddings=True)
+    load_adapter(again, tmp_path / "plain")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_inspected_is_the_dense_update(triplets: Callable[..., nn.Module], tmp_path: Path) -> None:
     model = triplets()
     drop_masked(model)
@@ -85,7 +95,7 @@ def test_what_is_inspected_is_the_dense_update(triplets: Callable[..., nn.Module
         assert found[path]["delta_norm"] == pytest.approx(norm, rel=1e-9)
         if len(E):
             assert plain[path]["delta_norm"] == pytest.approx(norm, rel=1e-6)
-    assert "AdaLoRA, rank 2 of 3 on average, alpha 40" in (tmp_path / "ada" / "README.md").read_text()
+    assert "AdaLoRA, r=3 to 2 on average, alpha=40" in (tmp_path / "ada" / "README.md").read_text()
 
 
 def test_what_cannot_be_plain_is_refused(

@@ -197,4 +197,4 @@ def test_the_card_is_yaml_whatever_the_bases_name(adapted: Make, tmp_path: Path)
         "pipeline_tag": "text-generation",
         "tags": ["base_model:adapter:o'brien/b: [1]", "lora", "transformers"],
     }
-    assert "| loss | 1.25 |" in card and "rank 3, alpha 5" in card
+    assert "| loss | 1.25 |" in card and "LoRA, r=3, alpha=5" in card

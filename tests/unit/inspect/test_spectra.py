@@ -215,3 +215,33 @@ def test_missing_and_foreign_weights_are_told(tmp_path: Path) -> None:
     assert any("WRONG BASE? 2 of 2" in remark for remark in found.remarks)
     assert any("1 of 2 weights were not found" in remark and "second.weight" in remark for remark in found.remarks)
     assert [layer.base is None for layer in found.layers] == [False, True]
+
+
+def test_a_linear_layer_among_target_parameters_is_measured_as_that_layer(tmp_path: Path) -> None:
+    model = Plain()
+    weights = weights_of(model)
+    patterns: dict[str, Any] = {"rank_pattern": {"first.weight": 2}, "alpha_pattern": {"first.weight": 9}}
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=["first.weight"], **patterns)
+    (layer,) = measured(trained(model, config), tmp_path / "a", weights).layers
+    pair = model.first.lora["default"]
+    delta = 9 / 2 * pair.lora_B.detach().double() @ pair.lora_A.detach().double()
+    assert (layer.path, layer.kind, layer.r) == ("first", "linear", 2)
+    assert layer.singular_values == pytest.approx(torch.linalg.svdvals(delta)[:2].tolist(), rel=1e-9)
+    assert layer.base is not None
+    assert layer.base.share == pytest.approx(float(delta.norm() / weights["first.weight"].double().norm()), rel=1e-6)
+
+
+def test_experts_have_no_share_and_what_is_left_out_is_said(tiny_moe: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_moe("mixtral", layers=1)
+    weights = weights_of(model)
+    config = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    found = measured(trained(model, LoraConfig(**config)), tmp_path / "a", weights)
+    assert [layer.kind for layer in found.layers if layer.base is not None] == ["linear"]
+    assert {layer.kind for layer in found.layers if layer.base is None} == {"expert"}
+    assert any("have no share" in remark for remark in found.remarks)
+    assert not any("not found" in remark or "left out" in remark for remark in found.remarks)
+
+    torn = trained(tiny_moe("mixtral", layers=1), LoraConfig(**config, rank_pattern={"down_proj": 1}))
+    found = measured(torn, tmp_path / "b")
+    assert [layer.kind for layer in found.layers] == ["linear"]
+    assert any("2 pairs are left out" in remark for remark in found.remarks)
