@@ -50,8 +50,8 @@ Path = Literal["fused", "plain", "peft"]
 META = torch.device("meta")
 DEPTHS = (2, 4)
 """Blocks that are traced of those that are alike."""
-_REPLACING = threading.Lock()
-"""One trace at a time: while it runs, torch's attention is another."""
+_TRACING = threading.Lock()
+"""One trace at a time: while it runs, torch's attention is another, and meta tensors stand for those of one kind of device."""
 aten = torch.ops.aten
 
 
@@ -176,6 +176,7 @@ def _trace_some(
 def trace_whole(model: "PreTrainedModel", planned: AttachPlan | None, shape: StepShape, *, freeze_A: bool = False) -> StepTrace:
     """As `trace_step`, through every layer."""
     with ExitStack() as stack:
+        stack.enter_context(_TRACING)
         stack.enter_context(meta_stands_for(shape.device))
         stack.callback(release_scratch)
         stack.callback(model.zero_grad)
@@ -408,6 +409,7 @@ PRODUCTS: dict[Any, Callable[..., tuple[int, int, int, int]]] = {
 @contextmanager
 def _tiled_attention(live: _Live, shape: StepShape) -> Iterator[None]:
     """Inside the block, torch's attention is what its tiled kernels make of it, or what luthier's blocks do."""
+    own = F.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not query.is_meta:  # another thread's, which computes
@@ -420,13 +422,11 @@ def _tiled_attention(live: _Live, shape: StepShape) -> Iterator[None]:
         return output
 
     # Not a TorchFunctionMode: those are off where a checkpoint computes a layer again.
-    with _REPLACING:
-        own = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = attend
-        try:
-            yield
-        finally:
-            F.scaled_dot_product_attention = own
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
 
 
 class _Attention(Function):
