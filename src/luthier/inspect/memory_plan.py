@@ -33,9 +33,10 @@ CUDA_BYTES = int(1.2 * 2**30)
 """What a process takes of a GPU before its first tensor: CUDA's context and the libraries' kernels, 1 to 1.3 GiB."""
 
 
-HOLES = 0.35
-"""Of the kept activations: what glibc's allocator holds without use between them, where the run leaves it as it is (float32 on a
-CPU without checkpointing; see `luthier.train.memory`). Fitted to two measured peaks of SmolLM2, at 512 and 1,024 tokens."""
+HOLES = 0.4
+"""Of the kept activations: free memory between blocks that stay, which glibc's arena can neither use for the next block of that
+size nor give back. Read off mallinfo2 at the peak of three runs (0.41, 0.38, 0.37 to 0.47; docs/plan.md), in float32 and in
+bfloat16: a block that some hole could take is not mapped alone, however large. It grows over the first steps and is no law."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,6 @@ class MemoryPlan:
     setting: Setting
     num_parameters: int
     num_trained: int
-    itemsize: int
     process_bytes: int
     weight_bytes: int
     adapter_bytes: int
@@ -73,10 +73,8 @@ class MemoryPlan:
 
     @property
     def hole_bytes(self) -> int:
-        """What the allocator holds without use, where the run leaves it as it is."""
-        shape = self.setting.shape
-        leaves_holes = shape.device == "cpu" and self.itemsize > 2 and not shape.checkpointing
-        return round(HOLES * self.trace.kept_bytes) if self.trace and leaves_holes else 0
+        """What the allocator holds without use; on a GPU nothing is counted."""
+        return round(HOLES * self.trace.kept_bytes) if self.trace and self.setting.shape.device == "cpu" else 0
 
     @property
     def parts(self) -> dict[str, int | None]:
@@ -149,7 +147,6 @@ class Planner:
             setting=setting,
             num_parameters=total,
             num_trained=trained,
-            itemsize=itemsize,
             process_bytes=self.process_bytes,
             weight_bytes=round(sum(in_four_bits.values()) * NF4_BITS / 8) + (total - sum(in_four_bits.values())) * itemsize,
             adapter_bytes=adapter * MASTER_BYTES,
