@@ -22,8 +22,9 @@ PATH_WORDS = {
 def plan(
     model: str = typer.Argument(help="Base model: a config.json, or whatever `luthier train --model` takes."),
     method: str = typer.Option("lora", help="Adapter: lora, rslora, dora, adalora, lora+ or lora-fa."),
-    rank: int = typer.Option(16, "--rank", "--r", help="Rank of the adapter."),
+    rank: list[int] = typer.Option([16], "--rank", "--r", help="Rank; repeated, the first is planned and the table has all."),
     target: list[str] = typer.Option([], help="Module to adapt; repeat it. Default: all linear layers."),
+    target_parameter: list[str] = typer.Option([], help="Parameter to adapt, such as a stack of experts; repeat it."),
     save_whole: list[str] = typer.Option([], help="Module to train whole beside the pairs; repeat it."),
     rows: int = typer.Option(4, min=1, help="Rows in one forward pass."),
     length: int = typer.Option(512, min=2, help="Tokens of a row."),
@@ -44,7 +45,7 @@ def plan(
     if moment_bits not in (None, 8, 16, 32):
         raise ConfigError(f"--moment-bits is {moment_bits}; a moment has 8, 16 or 32")
     quiet_transformers()
-    from luthier.inspect.counts import num_parameters, rank_table, with_rank
+    from luthier.inspect.counts import RANKS, num_parameters, rank_table, with_rank
     from luthier.inspect.machines import process_memory
     from luthier.inspect.memory_plan import METHODS, Planner, Setting
     from luthier.inspect.pace import measure_pace
@@ -56,16 +57,16 @@ def plan(
     from luthier.train.settings import RunSettings, settings_of
 
     chosen = settings_of([method])
-    given: dict[str, Any] = {"target_modules": target or None, "modules_to_save": save_whole or None}
-    lora = chosen.get("lora", {}) | {key: value for key, value in given.items() if value is not None}
+    given = {"target_modules": target, "target_parameters": target_parameter, "modules_to_save": save_whole}
+    lora = chosen.get("lora", {}) | {key: value for key, value in given.items() if value}
     run = {"model": model, "out": "-", "data": {"path": "-"}, "lora": lora}
-    config = with_rank(RunSettings(**run).lora, rank)  # type: ignore[arg-type]
+    config = with_rank(RunSettings(**run).lora, rank[0])  # type: ignore[arg-type]
     freeze_A = bool(chosen.get("train", {}).get("freeze_A"))
     moment_bytes = None if moment_bits is None else moment_bits / 8
     base_config, choice = read_config(model), choose_dtype(dtype)
     base = meta_model(base_config, choice.dtype)
     process_bytes = process_memory()
-    table = rank_table(base, config, freeze_A=freeze_A, moment_bytes=moment_bytes or 4)
+    table = rank_table(base, config, rank if len(rank) > 1 else RANKS, freeze_A=freeze_A, moment_bytes=moment_bytes or 4)
     shape = StepShape(rows, length, path, checkpointing, "cpu", labelled)  # type: ignore[arg-type]
 
     def setting(name: Any, device: str) -> Setting:
@@ -85,14 +86,15 @@ def plan(
         "num_parameters": num_parameters(base),
         "dtype": str(choice.dtype).removeprefix("torch."),
         "path": path,
-        "adapter": {"method": method, "r": rank, "trained": plans["lora"].num_trained, "plan": str(planner.planned)},
+        "adapter": {"method": method, "r": rank[0], "trained": plans["lora"].num_trained, "plan": str(planner.planned)},
         "methods": {name: each.as_dict() for name, each in plans.items()},
         "ranks": [vars(row) for row in table],
         "machines": fits,
     }
-    if timed:
-        pace = measure_pace(plans["lora"].trace, choice.dtype)
-        full = pace.product_seconds * plans["full"].trace.flops / plans["lora"].trace.flops
+    of_lora, of_full = plans["lora"].trace, plans["full"].trace
+    if timed and of_lora and of_full:
+        pace = measure_pace(of_lora, choice.dtype)
+        full = pace.product_seconds * of_full.flops / of_lora.flops
         found["pace"] = {
             "flops_per_second": pace.flops_per_second,
             "threads": pace.num_threads,
@@ -110,10 +112,16 @@ def plan(
 
 
 def fitting(planner: "Planner", settings: list[Any], device: str) -> list[dict[str, Any]]:
-    """Return, for each machine of a kind, what each method takes of it and the largest batch and length that fit."""
+    """Return, for each machine of a kind, what each method takes of it and the largest batch and length that fit.
+
+    Of a model that cannot be traced there is nothing to return.
+    """
     from luthier.inspect.machines import CPUS, GPUS, this_machine
 
-    growths = {setting.method: planner.growth(setting) for setting in settings}
+    found_growths = {setting.method: planner.growth(setting) for setting in settings}
+    growths = {name: growth for name, growth in found_growths.items() if growth is not None}
+    if len(growths) < len(settings):
+        return []
     found = []
     for machine in (this_machine(), *CPUS) if device == "cpu" else GPUS:
         free = machine.memory_bytes
@@ -129,14 +137,17 @@ def fitting(planner: "Planner", settings: list[Any], device: str) -> list[dict[s
     return found
 
 
-def show(console: Any, found: dict[str, Any], plans: "dict[str, MemoryPlan]", reason: str) -> None:
+def show(console: Any, found: dict[str, Any], plans: "dict[str, MemoryPlan]", why_dtype: str) -> None:
     """Print a plan as tables."""
     from rich.table import Table
 
     from luthier.train.display import duration, gib
 
+    def known(count: int | None) -> str:
+        return "not known" if count is None else gib(count)
+
     shape = plans["lora"].setting.shape
-    console.print(f"{found['model']}: {found['num_parameters']:,} parameters, planned in {reason}")
+    console.print(f"{found['model']}: {found['num_parameters']:,} parameters, planned in {why_dtype}")
     console.print(found["adapter"]["plan"], highlight=False)
     console.print(
         f"\nA step of {shape.rows} x {shape.length} tokens on the CPU, by {PATH_WORDS[shape.path]}"
@@ -147,13 +158,17 @@ def show(console: Any, found: dict[str, Any], plans: "dict[str, MemoryPlan]", re
         column.justify = "right"
     memory.add_row("trained parameters", *(f"{each.num_trained:,}" for each in plans.values()))
     for part in plans["lora"].parts:
-        memory.add_row(part, *(gib(each.parts[part]) for each in plans.values()))
+        memory.add_row(part, *(known(each.parts[part]) for each in plans.values()))
     memory.add_section()
     for phase in plans["lora"].phases:
-        memory.add_row(f"at most, {phase}", *(gib(each.phases[phase]) for each in plans.values()))
+        memory.add_row(f"at most, {phase}", *(known(each.phases[phase]) for each in plans.values()))
     memory.add_section()
-    memory.add_row("peak", *(gib(each.peak_bytes) for each in plans.values()))
+    memory.add_row("peak", *(("" if each.trace else "more than ") + gib(each.peak_bytes) for each in plans.values()))
     console.print(memory)
+    if reason := plans["lora"].untraced:
+        console.print(
+            f"What a step holds for a while, the machines it fits and its time are not known. {reason}", highlight=False
+        )
     if pace := found.get("pace"):
         low, high = pace["lora_step_seconds"]
         console.print(
@@ -178,7 +193,10 @@ def show(console: Any, found: dict[str, Any], plans: "dict[str, MemoryPlan]", re
             ]
             machines.add_row(machine["name"], gib(machine["memory_bytes"]), *cells)
         console.print(machines)
-        console.print("GPUs in bfloat16 unless --dtype says otherwise; CPU machines with 15 % left to the system.")
+        console.print(
+            "GPUs in bfloat16 unless --dtype says otherwise; CPU machines with 15 % left to the system; rows no longer than "
+            "the model's context."
+        )
     if "plot" in found:
         console.print(f"picture: {found['plot']}")
 

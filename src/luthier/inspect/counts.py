@@ -1,5 +1,6 @@
 """How many parameters a model has and how many an adapter of each rank would train, counted on models without numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def with_rank(config: LoraConfig, r: int) -> LoraConfig:
 
 def num_frozen_A(planned: AttachPlan) -> int:
     """Return how many numbers LoRA-FA leaves as they began."""
-    return sum(layer.r * layer.in_features for layer in planned.layers)
+    return sum(math.prod(layer.shapes["lora_A"]) for layer in planned.layers)
 
 
 def rank_table(

@@ -10,12 +10,13 @@ What lives through a step follows from counts; what a step holds for a while is 
 and the run's is the largest of these, plus the holes that an allocator leaves.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.core.config import LoraConfig
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, ModelError
 from luthier.inspect.counts import MASTER_BYTES, num_frozen_A, num_parameters, quantisable
 from luthier.inspect.step_trace import StepShape, StepTrace, trace_step
 
@@ -32,9 +33,10 @@ CUDA_BYTES = int(1.2 * 2**30)
 """What a process takes of a GPU before its first tensor: CUDA's context and the libraries' kernels, 1 to 1.3 GiB."""
 
 
-HOLES = 0.35
-"""Of the kept activations: what glibc's allocator holds without use between them, where the run leaves it as it is (float32 on a
-CPU without checkpointing; see `luthier.train.memory`). Fitted to two measured peaks of SmolLM2, at 512 and 1,024 tokens."""
+HOLES = 0.4
+"""Of the kept activations: free memory between blocks that stay, which glibc's arena can neither use for the next block of that
+size nor give back. Read off mallinfo2 at the peak of three runs (0.41, 0.38, 0.37 to 0.47; docs/plan.md), in float32 and in
+bfloat16: a block that some hole could take is not mapped alone, however large. It grows over the first steps and is no law."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ class Setting:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by part and by phase. Parts are what they are at the peak of the phase that needs most of them; together they may
-    be more than the peak, since not all are there at once."""
+    be more than the peak, since not all are there at once.
+
+    Without a trace (`untraced` says why) the parts and phases that only a trace knows are None, and the peak is the most of the
+    others: a run takes more.
+    """
 
     setting: Setting
     num_parameters: int
@@ -58,47 +64,56 @@ class MemoryPlan:
     process_bytes: int
     weight_bytes: int
     adapter_bytes: int
+    gradient_bytes: int
     moment_bytes: int
     optimizer_working_bytes: int
     dequantised_bytes: int
-    hole_bytes: int
-    trace: StepTrace
+    trace: StepTrace | None
+    untraced: str = ""
 
     @property
-    def parts(self) -> dict[str, int]:
+    def hole_bytes(self) -> int:
+        """What the allocator holds without use; on a GPU nothing is counted."""
+        return round(HOLES * self.trace.kept_bytes) if self.trace and self.setting.shape.device == "cpu" else 0
+
+    @property
+    def parts(self) -> dict[str, int | None]:
         """Part -> bytes; `working` is what passes between operations inside a layer."""
         trace = self.trace
         return {
             "process": self.process_bytes,
             "weights": self.weight_bytes,
             "adapter": self.adapter_bytes,
-            "gradients": trace.gradient_bytes,
+            "gradients": self.gradient_bytes,
             "moments": self.moment_bytes,
-            "activations": trace.kept_bytes,
-            "logits and loss": max(0, trace.loss_bytes - trace.kept_bytes),
-            "allocator's holes": self.hole_bytes,
-            "working space": max(0, trace.forward_bytes - trace.kept_bytes) + self.dequantised_bytes,
+            "activations": None if trace is None else trace.kept_bytes,
+            "logits and loss": None if trace is None else max(0, trace.loss_bytes - trace.kept_bytes),
+            "allocator's holes": None if trace is None else self.hole_bytes,
+            "working space": None if trace is None else max(0, trace.forward_bytes - trace.kept_bytes) + self.dequantised_bytes,
         }
 
     @property
-    def phases(self) -> dict[str, int]:
+    def phases(self) -> dict[str, int | None]:
         """Phase -> the most bytes there are at once in it."""
         loaded = self.process_bytes + self.weight_bytes + self.adapter_bytes
         there, trace = loaded + self.moment_bytes, self.trace
+        passing = there + self.hole_bytes
         return {
             "loaded": loaded,
-            "forward": there + self.hole_bytes + max(trace.forward_bytes + self.dequantised_bytes, trace.loss_bytes),
-            "backward": there + self.hole_bytes + trace.backward_bytes + self.dequantised_bytes,
-            "optimiser step": there + trace.gradient_bytes + self.optimizer_working_bytes,
+            "forward": None if trace is None else passing + max(trace.forward_bytes + self.dequantised_bytes, trace.loss_bytes),
+            "backward": None if trace is None else passing + trace.backward_bytes + self.dequantised_bytes,
+            "optimiser step": there + self.gradient_bytes + self.optimizer_working_bytes,
         }
 
     @property
     def peak_bytes(self) -> int:
-        return max(self.phases.values())
+        return max(known for known in self.phases.values() if known is not None)
 
     def as_dict(self) -> dict[str, Any]:
-        values = {key: getattr(self, key) for key in ("num_parameters", "num_trained", "parts", "phases", "peak_bytes")}
-        return asdict(self.setting) | values | {"flops": self.trace.flops}
+        values = {
+            key: getattr(self, key) for key in ("num_parameters", "num_trained", "parts", "phases", "peak_bytes", "untraced")
+        }
+        return asdict(self.setting) | values | {"flops": self.trace and self.trace.flops}
 
 
 class Planner:
@@ -111,10 +126,10 @@ class Planner:
     def __init__(self, model: "PreTrainedModel", config: LoraConfig, process_bytes: int = CUDA_BYTES):
         self.model, self.config, self.process_bytes = model, config, process_bytes
         self.planned = plan(model, config)
-        self._traces: dict[tuple[bool, bool, StepShape], StepTrace] = {}
+        self._traces: dict[tuple[bool, bool, StepShape], StepTrace | str] = {}
 
     def plan(self, setting: Setting) -> MemoryPlan:
-        """Plan `setting`. Raises: ConfigError if it makes no sense, ModelError if the model cannot be traced."""
+        """Plan `setting`. Raises: ConfigError if it makes no sense."""
         is_full, model = setting.method == "full", self.model
         if is_full and setting.freeze_A:
             raise ConfigError("LoRA-FA freezes a part of a pair, and full fine-tuning has none; plan it for lora or qlora")
@@ -126,8 +141,7 @@ class Planner:
         else:
             adapter, trained_itemsize, largest = self.planned.num_parameters, MASTER_BYTES, _largest(self.planned)
             trained = adapter - setting.freeze_A * num_frozen_A(self.planned)
-        trace, shape = self._trace(setting), setting.shape
-        leaves_holes = shape.device == "cpu" and itemsize > 2 and not shape.checkpointing
+        trace = self._trace(setting)
         moment_bytes = trained_itemsize if setting.moment_bytes is None else setting.moment_bytes
         return MemoryPlan(
             setting=setting,
@@ -136,31 +150,45 @@ class Planner:
             process_bytes=self.process_bytes,
             weight_bytes=round(sum(in_four_bits.values()) * NF4_BITS / 8) + (total - sum(in_four_bits.values())) * itemsize,
             adapter_bytes=adapter * MASTER_BYTES,
+            gradient_bytes=trained * trained_itemsize,
             moment_bytes=round(2 * trained * moment_bytes),
             optimizer_working_bytes=2 * largest * trained_itemsize,
             dequantised_bytes=max(in_four_bits.values(), default=0) * itemsize,
-            hole_bytes=round(HOLES * trace.kept_bytes) if leaves_holes else 0,
-            trace=trace,
+            trace=None if isinstance(trace, str) else trace,
+            untraced=trace if isinstance(trace, str) else "",
         )
 
-    def growth(self, setting: Setting) -> "Growth":
-        """Return how the peak grows, from three plans: of these rows and length, of twice the rows, and of twice the length."""
-        shape, peak = setting.shape, self.plan(setting).peak_bytes
-        wider = self.plan(replace(setting, shape=replace(shape, rows=2 * shape.rows))).peak_bytes
-        longer = self.plan(replace(setting, shape=replace(shape, length=2 * shape.length))).peak_bytes
-        by_row, by_token = max(1.0, (wider - peak) / shape.rows), max(1.0, (longer - peak) / shape.length)
-        return Growth(shape.rows, shape.length, peak, by_row, by_token)
+    def growth(self, setting: Setting) -> "Growth | None":
+        """Return how the peak grows, from three plans: of these rows and length, of twice the rows, and of twice the length.
 
-    def _trace(self, setting: Setting) -> StepTrace:
+        None if the model cannot be traced.
+        """
+        shape, planned = setting.shape, self.plan(setting)
+        wider = self.plan(replace(setting, shape=replace(shape, rows=2 * shape.rows)))
+        longer = self.plan(replace(setting, shape=replace(shape, length=2 * shape.length)))
+        if not (planned.trace and wider.trace and longer.trace):
+            return None
+        peak = planned.peak_bytes
+        by_row = max(1.0, (wider.peak_bytes - peak) / shape.rows)
+        by_token = max(1.0, (longer.peak_bytes - peak) / shape.length)
+        return Growth(
+            shape.rows, shape.length, peak, by_row, by_token, getattr(self.model.config, "max_position_embeddings", None)
+        )
+
+    def _trace(self, setting: Setting) -> StepTrace | str:
+        """Return the trace, or why there is none."""
         key = (setting.method == "full", setting.freeze_A, setting.shape)
         if key not in self._traces:
             planned = None if setting.method == "full" else self.planned
-            self._traces[key] = trace_step(self.model, planned, setting.shape, freeze_A=setting.freeze_A)
+            try:
+                self._traces[key] = trace_step(self.model, planned, setting.shape, freeze_A=setting.freeze_A)
+            except ModelError as error:
+                self._traces[key] = str(error)
         return self._traces[key]
 
 
 def _largest(planned: AttachPlan) -> int:
-    pairs = [max(layer.in_features, layer.out_features) * layer.r for layer in planned.layers]
+    pairs = [math.prod(shape) for layer in planned.layers for shape in layer.shapes.values()]
     return max([*pairs, *planned.saved.values(), *planned.biases.values(), *(each.num_parameters for each in planned.tables)])
 
 
@@ -174,11 +202,14 @@ class Growth:
     row_bytes: float
     length_bytes: float
     """More bytes for one row more at this length, and for one token more in each of these rows."""
+    max_length: int | None = None
+    """How many positions the model knows, where it says so."""
 
     def largest_rows(self, free_bytes: float) -> int:
         """Return how many rows of this length fit into so much memory; 0 if not one does."""
         return max(0, int(self.rows + (free_bytes - self.peak_bytes) // self.row_bytes))
 
     def largest_length(self, free_bytes: float) -> int:
-        """Return how long these rows may be to fit into so much memory; 0 if no length fits."""
-        return max(0, int(self.length + (free_bytes - self.peak_bytes) // self.length_bytes))
+        """Return how long these rows may be to fit into so much memory, at most the model's context; 0 if no length fits."""
+        fitting = max(0, int(self.length + (free_bytes - self.peak_bytes) // self.length_bytes))
+        return fitting if self.max_length is None else min(fitting, self.max_length)

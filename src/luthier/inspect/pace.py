@@ -11,7 +11,7 @@ from luthier.ops.products import fast_products
 
 OVERHEAD = (1.15, 2.0)
 """A step's time as a multiple of its products' alone, at best and at worst: norms, gates, softmax and optimiser are passes over
-memory. Measured steps of SmolLM2 lie between (docs/plan.md)."""
+memory. A guess, not a measured band: no series of timed steps was held against it."""
 MEASURED_SHARE = 0.95
 """Of the operations whose products are timed themselves, largest first; the rest goes at their mean rate."""
 SAMPLE_FLOPS = 5e8

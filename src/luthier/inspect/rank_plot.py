@@ -1,21 +1,16 @@
 """Trained parameters against rank, as a picture."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from luthier.core.atomic import write_atomic
-from luthier.core.errors import MissingExtraError
+from luthier.core.figures import as_png, make_figure
 from luthier.inspect.counts import RankRow
 
 
 def plot_ranks(rows: Sequence[RankRow], num_parameters: int, path: Path, title: str) -> None:
     """Draw how many parameters are trained at each rank, and all of the model's, into a PNG. Raises: MissingExtraError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plots", "drawing parameters against rank") from None
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = make_figure("drawing parameters against rank", figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([row.r for row in rows], [row.num_trained for row in rows], "o-", label="trained by the adapter")
     axes.axhline(num_parameters, color="tab:gray", linestyle="--", label="full fine-tuning")
@@ -27,6 +22,4 @@ def plot_ranks(rows: Sequence[RankRow], num_parameters: int, path: Path, title: 
     axes.set(xlabel="rank", ylabel="trained parameters")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomic(path, picture.getvalue())
+    write_atomic(path, as_png(figure))

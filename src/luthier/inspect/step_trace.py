@@ -13,6 +13,7 @@ Shape letters: B rows, T tokens of a row, H heads, D head width, V vocabulary.
 """
 
 import re
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.adapt.attaching import attach, detach
 from luthier.adapt.fusing import decoder_of, fuse, fusion_of, unfuse
-from luthier.adapt.planning import AttachPlan, plan
+from luthier.adapt.planning import AttachPlan, PlannedLayer, plan
 from luthier.core.errors import ModelError
+from luthier.core.lora import expert_factors
 from luthier.layers.fused import needs_finishing, projection_of
 from luthier.ops.attention import is_blocked
 from luthier.ops.cross_entropy import labelled_cross_entropy
@@ -47,6 +50,8 @@ Path = Literal["fused", "plain", "peft"]
 META = torch.device("meta")
 DEPTHS = (2, 4)
 """Blocks that are traced of those that are alike."""
+_TRACING = threading.Lock()
+"""One trace at a time: while it runs, torch's attention is another, and meta tensors stand for those of one kind of device."""
 aten = torch.ops.aten
 
 
@@ -171,6 +176,7 @@ def _trace_some(
 def trace_whole(model: "PreTrainedModel", planned: AttachPlan | None, shape: StepShape, *, freeze_A: bool = False) -> StepTrace:
     """As `trace_step`, through every layer."""
     with ExitStack() as stack:
+        stack.enter_context(_TRACING)
         stack.enter_context(meta_stands_for(shape.device))
         stack.callback(release_scratch)
         stack.callback(model.zero_grad)
@@ -219,8 +225,12 @@ def _prepare(stack: ExitStack, model: "PreTrainedModel", planned: AttachPlan | N
     elif shape.path == "peft":
         model.requires_grad_(False)
         for layer in planned.layers:
-            pair = _PeftPair(layer.in_features, layer.out_features, layer.r, freeze_A)
             module = model.get_submodule(layer.path)
+            if layer.parameter:
+                parametrize.register_parametrization(module, layer.parameter, _PeftStack(layer, freeze_A), unsafe=True)
+                stack.callback(parametrize.remove_parametrizations, module, layer.parameter, leave_parametrized=False)
+                continue
+            pair = _PeftPair(layer.in_features, layer.out_features, layer.r, freeze_A)
             module.add_module("traced_pair", pair)
             stack.callback(_take_off, module, module.register_forward_hook(pair.add_to))
     else:
@@ -252,6 +262,21 @@ class _PeftPair(nn.Module):
     def add_to(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0].to(self.lora_A.dtype)
         return (output + F.linear(F.linear(x, self.lora_A), self.lora_B) * 2.0).to(output.dtype)
+
+
+class _PeftStack(nn.Module):
+    """A pair of a stack of experts as PEFT computes it: the dense update in float32, scaled and cast, is added to the stack."""
+
+    def __init__(self, layer: PlannedLayer, freeze_A: bool):
+        super().__init__()
+        a, b = layer.shapes["lora_A"], layer.shapes["lora_B"]
+        self.lora_A = nn.Parameter(torch.empty(a, device=META), requires_grad=not freeze_A)
+        self.lora_B = nn.Parameter(torch.empty(b, device=META))
+        self.num_experts, self.is_transposed = layer.num_experts, layer.is_transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        left, right = expert_factors(self.lora_A, self.lora_B, self.num_experts, self.is_transposed)
+        return weight + (torch.bmm(left, right) * 2.0).to(weight.dtype).view_as(weight)
 
 
 def _take_off(module: nn.Module, handle: Any) -> None:
@@ -313,7 +338,8 @@ class _Live(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             # Models ask whether positions are those of one row, or a mask full: they are.
             return 1.0 if args[0].dtype.is_floating_point else 1
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = _grouped_product(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         if (find := PRODUCTS.get(func)) is not None:
             batch, *sizes = find(*args)
             self.products[tuple(sizes)] += batch  # type: ignore[index]
@@ -350,6 +376,18 @@ def _of_batches(a: Tensor, b: Tensor, *_: Any) -> tuple[int, int, int, int]:
     return a.shape[0], a.shape[1], a.shape[2], b.shape[2]
 
 
+def _of_groups(a: Tensor, b: Tensor, *_: Any) -> tuple[int, int, int, int]:
+    return a.shape[0] if a.ndim == b.ndim == 3 else 1, a.shape[-2], a.shape[-1], b.shape[-1]
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """What `_grouped_mm` returns: rows that go to one expert each times that expert's matrix. torch's own meta kernel knows
+    bfloat16 alone. However rows are routed, the shapes are the same.
+    """
+    groups = () if a.ndim != b.ndim else (a.shape[0],) if a.ndim == 3 or offs is None else (len(offs),)
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
 def _after_first(find: Callable[..., tuple[int, int, int, int]]) -> Callable[..., tuple[int, int, int, int]]:
     return lambda _, a, b, *rest: find(a, b)
 
@@ -363,6 +401,7 @@ PRODUCTS: dict[Any, Callable[..., tuple[int, int, int, int]]] = {
     aten.bmm.default: _of_batches,
     aten.bmm.out: _of_batches,
     aten.baddbmm.default: _after_first(_of_batches),
+    aten._grouped_mm.default: _of_groups,
 }
 """Operation -> (how many products, rows, inner, columns) of its arguments."""
 
@@ -373,6 +412,8 @@ def _tiled_attention(live: _Live, shape: StepShape) -> Iterator[None]:
     own = F.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not query.is_meta:  # another thread's, which computes
+            return own(query, key, value, *args, **kwargs)
         seen = query.shape[-2] * key.shape[-2] * (0.5 if kwargs.get("is_causal") else 1.0)
         each_way = int(2 * query.shape[:-2].numel() * seen * (query.shape[-1] + value.shape[-1]))
         # Two products on the way forward; on the way back those of the scores again, and two for each of their gradients.

@@ -17,6 +17,7 @@ from luthier.core.lora import lora_experts
 from luthier.layers.base import AdaptedModule
 from luthier.layers.pair import LoraPair, ParameterPair, ParameterPairs
 from luthier.layers.tokens import TokenRows
+from luthier.ops.placement import device_kind
 
 
 class LoraParameters(AdaptedModule):
@@ -54,6 +55,6 @@ class LoraParameters(AdaptedModule):
         for key, parts in updates.items():
             own = cast(Tensor, self._parameters[key])
             stack = cast(Tensor, holder._parameters[key]).to(own.dtype)
-            with torch.autocast(own.device.type, enabled=False):
+            with torch.autocast(device_kind(own.device), enabled=False):
                 formed[key] = lora_experts(stack if stack.ndim == 3 else stack[None], parts).view_as(own)
         return formed

@@ -56,3 +56,26 @@ def test_a_file_that_is_no_config_is_refused(luthier: Luthier, tmp_path: Path) -
     said = luthier("plan", "other.json", *QUICK)
     assert said.status == 1
     assert "model_type" in said.err
+
+
+def test_ranks_given_are_the_rows_of_the_table(luthier: Luthier, config_file: Path) -> None:
+    said = luthier("plan", config_file, "--r", "3", "--r", "7", "--target", "q_proj", "--json", *QUICK)
+    found = json.loads(said.out)
+    assert found["adapter"]["r"] == 3
+    assert [row["r"] for row in found["ranks"]] == [3, 7]
+
+
+def test_a_model_that_cannot_be_traced_is_still_counted(luthier: Luthier, tmp_path: Path) -> None:
+    """JetMoe asks how many rows each expert got."""
+    sizes = {"hidden_size": 64, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64, "kv_channels": 16}
+    moe = {"model_type": "jetmoe", "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    Path(tmp_path, "config.json").write_text(json.dumps(sizes | moe | {"bos_token_id": 1, "eos_token_id": 2}))
+    words = ("plan", "config.json", "--target", "kv_proj", "--r", "2", "--rows", "1", "--length", "16")
+    found = json.loads(luthier(*words, "--json").out)
+    assert found["methods"]["lora"]["parts"]["activations"] is None
+    assert found["methods"]["lora"]["num_trained"] == found["ranks"][1]["num_trained"] == 2 * 2 * (64 + 2 * 2 * 16)
+    assert found["machines"] == []
+    said = luthier(*words)
+    assert said.status == 0, said.err
+    for text in ("not known", "more than", "without its numbers"):
+        assert text in said.out

@@ -12,6 +12,7 @@ from luthier.adapt import plan
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.inspect import num_parameters, rank_table
 from luthier.inspect.counts import quantisable, with_rank
+from luthier.models import meta_model
 
 Q_AND_V = ["q_proj", "v_proj"]
 GOLDEN = [  # model, settings, trained
@@ -117,3 +118,16 @@ def test_ranks_of_adalora_are_those_it_aims_at() -> None:
 
 def test_counting_needs_no_numbers() -> None:
     assert all(parameter.device == torch.device("meta") for parameter in llama_model("7B").parameters())
+
+
+def test_pairs_of_a_stack_of_experts_count_for_every_expert() -> None:
+    """Mixtral: 8 experts with gate and up (14336 x 2, 4096) and down (4096, 14336) in each layer, by hand."""
+    from transformers import MixtralConfig
+
+    r, layers, experts, hidden, wide = 4, 2, 8, 4096, 14336
+    model = meta_model(MixtralConfig(num_hidden_layers=layers), torch.bfloat16)
+    config = LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    (row,) = rank_table(model, config, [r])
+    (frozen,) = rank_table(model, config, [r], freeze_A=True)
+    assert row.num_trained == layers * experts * r * ((hidden + 2 * wide) + (wide + hidden))
+    assert frozen.num_trained == layers * experts * r * (2 * wide + hidden)

@@ -3,10 +3,12 @@
 The oracle is `saved_tensors_hooks` on models with numbers; for Llama also the formula of the research notes, by hand.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from luthier.adapt import attach, plan
@@ -55,6 +57,31 @@ def families() -> dict[str, Any]:
     }
 
 
+def mixtures() -> dict[str, Any]:
+    """Mixtures of experts. Their sizes are multiples of 8, which torch's grouped products ask for."""
+    from transformers import GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+
+    common = {
+        "hidden_size": 64,
+        "intermediate_size": 152,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 211,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return {
+        "mixtral": MixtralConfig(**common, num_local_experts=5),
+        "olmoe": OlmoeConfig(**common, num_experts=5),
+        "qwen3_moe": Qwen3MoeConfig(**common, num_experts=5, moe_intermediate_size=40, head_dim=16),
+        "gpt_oss": GptOssConfig(**common, num_local_experts=5, head_dim=16),
+    }
+
+
+STACKS = LoraConfig(r=3, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
 WITH_LAYER_NORM = {"gpt_neox": 2, "opt": 1, "gpt2": 1}
 """Family -> how many of its norms read the embeddings, of which LoRA wants no gradient."""
 
@@ -94,3 +121,36 @@ def test_kept_bytes_are_what_autograd_keeps(family: str, lora: LoraConfig | None
         # torch's LayerNorm keeps its two numbers a token in 16 bits on the CPU, in float32 elsewhere, as traced.
         traced -= 2 * 2 * ROWS * LENGTH * num_norms(model, family, lora)
     assert traced == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [LoraConfig(r=5), STACKS, None], ids=["lora", "stacks", "full"])
+@pytest.mark.parametrize("family", mixtures())
+def test_kept_bytes_of_mixtures_are_what_autograd_keeps_wherever_rows_go(
+    family: str, lora: LoraConfig | None, dtype: torch.dtype
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = mixtures()[family]
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if lora is not None:
+        attach(model, lora)
+    assert traced_kept(config, lora, dtype) == really_kept(model)
+
+
+def test_another_threads_attention_is_not_touched_while_a_step_is_traced() -> None:
+    """Two threads that trace and one that computes: figures as alone, and the function is torch's afterwards."""
+    own = F.scaled_dot_product_attention
+    config = families()["llama"]
+    alone = traced_kept(config, None, torch.float32)
+    q = torch.randn(1, 2, 7, 8)
+    expected = own(q, q, q)
+    with ThreadPoolExecutor(3) as pool:
+        traces = [pool.submit(traced_kept, config, None, torch.float32) for _ in range(2)]
+        outputs = []
+        while not all(trace.done() for trace in traces):
+            outputs.append(F.scaled_dot_product_attention(q, q, q))
+        assert [trace.result() for trace in traces] == [alone, alone]
+    assert outputs
+    assert all(torch.equal(output, expected) for output in outputs)
+    assert F.scaled_dot_product_attention is own
