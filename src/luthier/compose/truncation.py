@@ -128,8 +128,8 @@ def _check_request(adapter: Path, out: Path, rank: int | None, energy: float | N
 def _check_possible(before: AdapterFolder, svds: dict[str, _Svd]) -> None:
     if before.config.target_parameters:
         raise AdapterStateError(
-            f"{before.path} adapts {', '.join(before.config.target_parameters)}: the experts of a parameter share one rank and "
-            "one entry of the file, and are not truncated yet"
+            f"{before.path} adapts the parameters {', '.join(before.config.target_parameters)}, which are not truncated yet: "
+            "the experts of a stack share one rank and one entry of the file"
         )
     if not svds:
         raise AdapterStateError(f"{before.path} has no pairs, and so no rank: there is nothing to truncate")

@@ -120,7 +120,8 @@ def adapter_spectra(folder: AdapterFolder, find_weight: FindWeight | None = None
     remarks = list(_remarks(folder, pairs, share))
     if find_weight is not None:
         is_turned = unmodelled((folder.path / CONFIG_FILE).read_text())["fan_in_fan_out"]
-        recorded = (folder.note.get("base") or {}).get("matrices") or {}
+        trained_on = folder.note.get("base") or {}
+        recorded = trained_on.get("matrices") or {}
         missing, foreign = [], []
         for index, pair in enumerate(pairs):
             if pair.kind == "expert":
@@ -138,7 +139,12 @@ def adapter_spectra(folder: AdapterFolder, find_weight: FindWeight | None = None
                 f"{len(missing)} of {len(pairs)} weights were not found in the base as floating-point numbers of the right shape "
                 f"(tied, quantised or renamed?), such as {missing[0]}; those layers have no share."
             )
-        if foreign:
+        if foreign and (method := trained_on.get("quantisation")) and _norms_agree(trained_on.get("anchors") or {}, find_weight):
+            remarks.append(
+                f"The adapter was trained on a quantised copy ({method}) of a base with these norms; what is told beside the "
+                "base is told beside the weights that are here."
+            )
+        elif foreign:
             remarks.append(
                 f"WRONG BASE? {len(foreign)} of {len(pairs)} weights are not those that the adapter was trained on, such as "
                 f"{foreign[0]}; what is told beside the base is then about another model."
@@ -209,6 +215,12 @@ def against_base(pair: StoredPair, layer: LayerSpectrum, weight_OI: Tensor) -> A
 def _is_foreign(name: str, weight: Tensor, recorded: dict[str, str]) -> bool:
     """Return whether the fingerprint recorded with the adapter knows this weight, as another one."""
     return weight.ndim > 1 and name in recorded and fingerprint([(name, weight)], {}).matrices[name] != recorded[name]
+
+
+def _norms_agree(recorded: dict[str, str], find_weight: FindWeight) -> bool:
+    """Return whether the base has the norms and biases of the one the adapter was trained on, which quantising leaves alone."""
+    found = [(name, own) for name in recorded if (own := find_weight(name)) is not None]
+    return bool(recorded) and fingerprint(found, {}).anchors == recorded
 
 
 def _weight_of(pair: StoredPair, weight: Tensor | None, shape: tuple[int, int], is_turned: bool) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from luthier.core.dora import dora_delta, dora_norm, row_squares
 from luthier.core.lora import expert_factors, lora_delta
+from luthier.ops.packed import PackedTensor
 
 
 class LoraPair(nn.Module):
@@ -196,9 +197,12 @@ class KnownNorm:
         return self._norm
 
     def _look_at(self, weight: Tensor) -> None:
-        version = 0 if weight.is_inference() else weight._version
-        found = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape, weight.stride())
-        sample = weight.detach()[:: max(1, weight.shape[0] // 16), :: max(1, weight.shape[1] // 16)]
+        # One in 4 bits is known by its codes: any look at its numbers would read all of them back.
+        held = weight.stored.codes if isinstance(weight, PackedTensor) else weight.detach()
+        version = 0 if held.is_inference() else held._version
+        found = (held.data_ptr(), version, weight.dtype, weight.device, weight.shape, weight.stride())
+        rows, columns = held.shape[:2]
+        sample = held[:: max(1, rows * min(columns, 16) // 256), :: max(1, columns // 16)]
         if self._weight != found or not torch.equal(sample, self._sample):
             with _as_in_training(weight.device):
                 self._weight, self._sample, self._squares = found, sample.clone(), row_squares(weight.detach())

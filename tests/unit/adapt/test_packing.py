@@ -313,3 +313,31 @@ def test_transformers_reads_a_checkpoint_in_4_bits(tiny_llama: Callable[..., nn.
         assert isinstance(theirs, bitsandbytes.nn.Linear4bit)
         weight = bitsandbytes.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
         assert torch.equal(weight, model.get_submodule(path).weight.read())
+
+
+def test_dora_s_norm_follows_the_codes_and_costs_no_second_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(96, 40, bias=False))
+        quantize_linears(model, ())
+        return model
+
+    model, x = linear(0), torch.randn(3, 96)
+    attach(model, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    pair = model[0].lora["default"]
+    nn.init.normal_(pair.lora_B)
+
+    def expected() -> Tensor:
+        updated = model[0].weight.read().double() + pair.delta().double()
+        return x.double() @ (pair.magnitude / updated.norm(dim=1) * updated.T).double()
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).double(), expected(), rtol=1e-5, atol=1e-5)
+        readings, read = [], PackedTensor.read
+        monkeypatch.setattr(PackedTensor, "read", lambda *args: readings.append(1) or read(*args))
+        model(x)
+        assert len(readings) == 1
+        model.load_state_dict(linear(1).state_dict(), strict=False)
+        torch.testing.assert_close(model(x).double(), expected(), rtol=1e-5, atol=1e-5)
+        model[0].weight.stored.codes.zero_()
+        torch.testing.assert_close(model(x).double(), expected(), rtol=1e-5, atol=1e-5)

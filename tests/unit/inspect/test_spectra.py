@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from luthier.adapt.attaching import attach
 from luthier.adapt.merging import merge
+from luthier.adapt.packing import quantize_linears
 from luthier.adapt.state import adapter_parameters
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.formats.adapters import save_adapter
@@ -229,6 +230,20 @@ def test_a_linear_layer_among_target_parameters_is_measured_as_that_layer(tmp_pa
     assert layer.singular_values == pytest.approx(torch.linalg.svdvals(delta)[:2].tolist(), rel=1e-9)
     assert layer.base is not None
     assert layer.base.share == pytest.approx(float(delta.norm() / weights["first.weight"].double().norm()), rel=1e-6)
+
+
+def test_the_original_of_a_base_in_4_bits_is_no_wrong_base(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_llama(layers=1)
+    weights = weights_of(model)
+    quantize_linears(model)
+    found = measured(trained(model, LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "a", weights)
+    (layer,) = found.layers
+    assert layer.base is not None
+    assert layer.base.weight_norm == pytest.approx(float(weights[f"{layer.path}.weight"].double().norm()), rel=1e-6)
+    assert any("quantised copy (bitsandbytes)" in remark for remark in found.remarks)
+    assert not any("WRONG" in remark for remark in found.remarks)
+    others = weights | {"model.norm.weight": weights["model.norm.weight"] + 0.1}
+    assert any("WRONG" in remark for remark in measured(model, tmp_path / "a", others).remarks)
 
 
 def test_experts_have_no_share_and_what_is_left_out_is_said(tiny_moe: Callable[..., Any], tmp_path: Path) -> None:
