@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapt.attaching import check_name_on, install
-from luthier.adapt.packing import OUTPUT_HEAD, Packing, quantize_linears
+from luthier.adapt.packing import quantize_linears
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import find_roster
 from luthier.core.config import LoraConfig
@@ -15,6 +15,7 @@ from luthier.core.errors import AdapterStateError, ConfigError, TargetError
 from luthier.core.inits import loftq_pair
 from luthier.core.methods import LOFTQ
 from luthier.core.names import matches_name
+from luthier.layers.packable import OUTPUT_HEAD, Packing
 from luthier.layers.packed import PackedLinear
 from luthier.quant.nf4 import Impl, dequantize_nf4, quantize_nf4
 

