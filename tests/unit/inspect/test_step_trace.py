@@ -26,7 +26,7 @@ def families() -> dict[str, Any]:
     common = {
         "hidden_size": 64,
         "intermediate_size": 155,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 211,
@@ -47,13 +47,13 @@ def families() -> dict[str, Any]:
         "opt": OPTConfig(
             hidden_size=64,
             ffn_dim=155,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
             vocab_size=211,
             dropout=0.0,
             word_embed_proj_dim=64,
         ),
-        "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=211, n_positions=64, **silent),
+        "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=211, n_positions=64, **silent),
     }
 
 
