@@ -54,6 +54,7 @@ def load(
     is in 4 bits where the adapter was trained so."""
     quiet_transformers()
     from luthier.formats.adapters import load_adapter
+    from luthier.formats.fingerprint import Verdict
     from luthier.formats.folder import read_adapter
     from luthier.models.load import load_model
 
@@ -69,4 +70,6 @@ def load(
     quantize = quantize or recipe.get("quantize", "none")
     base = load_model(model, dtype=dtype, quantize=quantize, progress=lambda message: console.print(message, style="dim"))
     report = load_adapter(base.model, adapter_folder(adapter), force=force) if adapter is not None else None
+    if report is not None and report.base.verdict is Verdict.QUANTISED_OF:
+        console.print(f"The base is not bit for bit the adapter's: {report.base.reason}.", style="dim")
     return Loaded(base, report, recipe)

@@ -16,6 +16,7 @@ __getattr__, __all__ = lazy_names(
         "read_adapter": "luthier.formats.folder",
         "save_adapter": "luthier.formats.adapters",
         "save_merged": "luthier.formats.merged",
+        "save_packed": "luthier.formats.merged",
         "swap_adapter": "luthier.formats.adapters",
     },
 )

@@ -1,4 +1,7 @@
-"""save_merged(): write a whole checkpoint with the active adapters folded in, readable by plain transformers."""
+"""save_merged() and save_packed(): write a whole checkpoint, with the active adapters folded in, or of a base in 4 bits.
+
+Plain transformers reads the first, and with bitsandbytes the second.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from luthier.adapt.merging import merge, unmerge
 from luthier.adapt.packing import dense_state_dict, has_packed_layers
-from luthier.adapt.state import adapter_prefixes, roster_of
+from luthier.adapt.state import adapter_prefixes, find_roster, roster_of
 from luthier.core.atomic import new_folder
 from luthier.core.errors import AdapterStateError
 
@@ -45,6 +48,24 @@ def save_merged(model: nn.Module, path: str | Path, *, tokenizer: Any = None) ->
             config.quantization_config = declared
         if not was_merged:
             unmerge(model)
+    return Path(path)
+
+
+def save_packed(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Path:
+    """Write a base whose linear layers are in 4 bits to the folder `path`, so that reading it takes no float copy of them.
+
+    Keys and bytes are bitsandbytes'; `load_model` reads the folder back bit for bit. Raises: AdapterStateError (nothing is in 4
+    bits, or adapters are attached, which go into folders of their own: `save_adapter`), StorageError.
+    """
+    if not has_packed_layers(model):
+        raise AdapterStateError("no layer of this model is in 4 bits; quantize_linears(model) first, or use its save_pretrained")
+    if find_roster(model) is not None:
+        raise AdapterStateError("adapters are attached; save_adapter writes them, detach them before the base is saved")
+    writer: Any = model
+    with new_folder(Path(path)) as folder:
+        writer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     return Path(path)
 
 

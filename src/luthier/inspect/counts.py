@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from luthier.adapt.planning import AttachPlan, is_linear, plan
+from luthier.adapt.planning import AttachPlan, plan
 from luthier.core.config import AdaLoraConfig, LoraConfig
+from luthier.layers.packable import split_linears
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,13 +69,5 @@ def num_parameters(model: "nn.Module") -> int:
 
 
 def quantisable(model: "nn.Module") -> dict[str, int]:
-    """Return path -> numbers of the weights that QLoRA stores in 4 bits: those of linear layers but the output head."""
-    find_head = getattr(model, "get_output_embeddings", None)
-    head: Any = find_head() if find_head else None
-    table = getattr(model, "get_input_embeddings", lambda: None)()
-    kept = {id(module.weight) for module in (head, table) if module is not None}
-    return {
-        path: module.weight.numel()
-        for path, module in model.named_modules()
-        if is_linear(module) and id(module.weight) not in kept
-    }
+    """Return path -> numbers of the weights that QLoRA stores in 4 bits, by the rule of `quantize_linears`."""
+    return {path: layer.weight.numel() for path, layer in split_linears(model)[0].items()}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "luthier_nf4"
+CPU = torch.device("cpu")
 
 
 def declared_packing(config: "PreTrainedConfig") -> dict[str, Any] | None:
@@ -156,7 +157,7 @@ class NF4Quantizer(HfQuantizer):
         try:
             if not isinstance(layer, nn.Linear):
                 raise ModelError(f"a {type(layer).__name__} has no place for the 4-bit weight in the file")
-            made = value.read().to(own.device, own.dtype) if isinstance(value, StoredPacked) else quantize_nf4(value)
+            made = value.read().to(CPU, own.dtype) if isinstance(value, StoredPacked) else quantize_nf4(value)
         except LuthierError as error:
             self.faults.append(f"  {path}: {error}")
             return own

@@ -27,7 +27,7 @@ SMALLEST = 1e-38
 GRID = 65535
 """An 8-bit code is looked up by its value rounded to one of 65,536 between -1 and 1, as bitsandbytes' CPU code does."""
 CHUNK = 2**18
-"""Weights read at a time: their float32 values stay in a core's cache."""
+"""Weights read or coded at a time, in whole blocks: their float32 values stay in a core's cache."""
 
 Impl = Literal["fast", "plain", "bitsandbytes"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -92,12 +92,21 @@ def quantize_nf4(weight: Tensor, *, double: bool = True) -> NF4Weight:
         raise ConfigError(f"only float32, float16 and bfloat16 weights can be put into 4 bits, not {weight.dtype}; cast it first")
     if not weight.numel():
         raise ShapeError(f"a weight of shape {tuple(weight.shape)} holds no numbers to put into 4 bits")
-    values = weight.detach().reshape(-1).float()
-    if bad := int((~values.isfinite()).sum()):
+    flat = weight.detach().reshape(-1)
+    parts = [_coded(part.float()) for part in flat.split(CHUNK)]  # a dense copy of a large weight would be the peak of loading
+    if bad := sum(num_bad for _, _, num_bad in parts):
         raise ConfigError(
             f"{bad} of {weight.numel()} numbers of the weight are not finite, and each would spoil its whole block; "
             "load the weight again, or leave this layer out"
         )
+    stored = NF4Weight(
+        torch.cat([codes for codes, _, _ in parts]), torch.cat([absmax for _, absmax, _ in parts]), weight.shape, weight.dtype
+    )
+    return _with_coded_scales(stored) if double else stored
+
+
+def _coded(values: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return the codes (N, 1), the scales of the blocks, and how many of the flat float32 `values` are not finite."""
     absmax = _largest(values, BLOCK)
     full = values.numel() // BLOCK * BLOCK
     # bitsandbytes multiplies whole blocks by the reciprocal and divides the last, shorter one; it differs in the last bit.
@@ -108,12 +117,10 @@ def quantize_nf4(weight: Tensor, *, double: bool = True) -> NF4Weight:
             values[full:] / absmax[full // BLOCK :],
         ]
     )
-    table = _nf4(weight.device)
+    table = _nf4(values.device)
     scaled = F.pad(scaled.clamp_(-1, 1), (0, scaled.numel() % 2))
     codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
-    packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
-    stored = NF4Weight(packed, absmax, weight.shape, weight.dtype)
-    return _with_coded_scales(stored) if double else stored
+    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax, int((~values.isfinite()).sum())
 
 
 def dequantize_nf4_plain(stored: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
