@@ -424,7 +424,7 @@ def _warnings(
             found.append(
                 f"{' and '.join(paths)} share one weight; the adapter changes {' and '.join(touched)}"
                 + (f" and leaves {' and '.join(others)} as the base has it" if others else ", each by its own update")
-                + ". A merge gives each its own copy."
+                + ". Where they come to differ, a merge gives each its own copy."
             )
     return tuple(found)
 

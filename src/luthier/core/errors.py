@@ -88,6 +88,10 @@ class TrainingError(LuthierError, RuntimeError):
 class StorageError(LuthierError, OSError):
     """The disk is full or refuses; what was there before is intact."""
 
+    def __str__(self) -> str:
+        # Without OSError's "[Errno 39]", which is no word for people; `errno` is still there for programs.
+        return f"{self.strerror}: {self.filename}" if self.strerror and self.filename else super().__str__()
+
 
 class MissingExtraError(LuthierError, ImportError):
     """An optional dependency is absent."""

@@ -47,6 +47,8 @@ def contenders(settings: RunSettings, ranks: Sequence[int], full_learning_rate: 
         raise ConfigError(
             "ranks are set by lora.r here, so rank_pattern and AdaLoRA, which choose ranks themselves, are left out"
         )
+    if not settings.data.eval_path and not settings.data.eval_fraction:
+        raise ConfigError("there is nothing to compare by: set data.eval_path or data.eval_fraction")
     if settings.train.full:
         raise ConfigError("train.full is what the baseline adds by itself; leave it out")
     scale = settings.lora.lora_alpha / settings.lora.r

@@ -46,8 +46,7 @@ def parameter_groups(items: Iterable[AdapterParameter], settings: TrainSettings)
     and other single rows, at B's rate and without decay.
     """
     rate, decay, ratio = settings.learning_rate, settings.weight_decay, settings.loraplus_lr_ratio
-    # Once each: modules saved whole may share a weight.
-    trained = list({id(item.parameter): item for item in items if item.parameter.requires_grad}.values())
+    trained = [item for item in items if item.parameter.requires_grad]
     if ratio is None:
         return [_group(trained, rate, 1.0, decay)]
     embedding_rate = settings.loraplus_lr_embedding or LORAPLUS_LR_EMBEDDING

@@ -86,9 +86,7 @@ class Trainer:
         self.settings = prepared.settings.train
         self.model = prepared.base.model
         self.items = list(adapter_parameters(self.model, ADAPTER))
-        # Once each: modules saved whole may share a weight.
-        trained = {id(item.parameter): item.parameter for item in self.items if item.parameter.requires_grad}
-        self.parameters = list(trained.values())
+        self.parameters = [item.parameter for item in self.items if item.parameter.requires_grad]
         self.started = pairs_with_start(self.model, ADAPTER)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.items, self.settings),

@@ -86,6 +86,7 @@ def test_ranks_keep_the_scaling_and_everything_else(run_settings: Make) -> None:
         ({}, [2, 2], "each once"),
         ({"lora": {"rank_pattern": {"q_proj": 2}}}, [2], "rank_pattern"),
         ({"lora": {"r": 16}, "train": {"full": True}}, [2], "leave it out"),
+        ({"data": {"eval_path": None, "eval_fraction": 0.0}}, [2], "nothing to compare by"),
     ],
 )
 def test_a_comparison_that_makes_no_sense_is_refused(run_settings: Make, settings: dict, ranks: list[int], words: str) -> None:
