@@ -8,21 +8,7 @@ from safetensors.torch import load_file
 
 
 def test_an_adapter_trained_in_4_bits_is_used_and_merged_so(luthier: Callable, tiny_folder: Path, rows_file: Path) -> None:
-    train = [
-        "train",
-        "-m",
-        tiny_folder,
-        "-d",
-        rows_file,
-        "-o",
-        "run",
-        "--max-steps",
-        2,
-        "--quantize",
-        "nf4",
-        "--dtype",
-        "float32",
-    ]
+    words = ["-m", tiny_folder, "-d", rows_file, "-o", "run", "--max-steps", 2, "--quantize", "nf4", "--dtype", "float32"]
     trained = luthier("train", *words)
     assert trained.status == 0, trained.err
     assert "7 linear layers in 4 bits" in trained.out.replace("\n", " ")
