@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, make_console, print_json
+from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, QUANTIZE, make_console, print_json
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it asks: what is 12 times 12?"
 
@@ -14,6 +14,7 @@ def merge(
     out: Path = typer.Argument(help="New folder for the merged model."),
     model: str | None = MODEL,
     dtype: str = DTYPE,
+    quantize: str | None = QUANTIZE,
     force: bool = FORCE,
     as_json: bool = JSON,
 ) -> None:
@@ -21,7 +22,7 @@ def merge(
     console = make_console(as_json)
     from luthier.cli.loading import load
 
-    loaded = load(model, adapter, dtype=dtype, console=console, force=force)
+    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
     from luthier.formats.merged import merge_difference, save_merged
 
     ids = loaded.base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(loaded.base.model.device)

@@ -37,6 +37,7 @@ from luthier.layers.fused import needs_finishing, projection_of
 from luthier.ops.attention import is_blocked
 from luthier.ops.cross_entropy import labelled_cross_entropy
 from luthier.ops.documents import Documents
+from luthier.ops.packed import PackedTensor
 from luthier.ops.placement import device_kind, meta_stands_for
 from luthier.ops.products import fast_products
 from luthier.ops.scratch import release_scratch
@@ -458,12 +459,15 @@ def kept_blocks(own: Iterable[Tensor]) -> Iterator[dict[int, int]]:
     """Inside the block, note what autograd keeps for the backward pass: address of its memory -> bytes.
 
     By memory, since several views of one are kept once; memory of the tensors `own` (a model's parameters) does not count.
+    A weight in 4 bits is always the model's: read back, it is never kept.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    known = {tensor.untyped_storage().data_ptr() for tensor in own if not isinstance(tensor, PackedTensor)}
     alive: list[Tensor] = []  # else the next tensor may come to lie at the address of one that is gone
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, PackedTensor):
+            return tensor.detach()
         block = tensor.untyped_storage()
         if block.data_ptr() not in known:
             found[block.data_ptr()] = block.nbytes()

@@ -141,6 +141,7 @@ class NF4Quantizer(HfQuantizer):
         return True
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
+        """Return whether what is read for this parameter is given to `pack`."""
         path, _, key = param_name.rpartition(".")
         return key == "weight" and (self.paths is None or path in self.paths)
 
@@ -182,6 +183,7 @@ class Pack(ConversionOps):
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any) -> dict[str, Any]:
+        """Return name -> what is put there, of the tensors that were read for one parameter."""
         found: Iterable[tuple[str, Any]] = list(input_dict.items())
         input_dict.clear()  # the float weights go one by one
         return {name: self.quantizer.pack(model, name, value[0] if isinstance(value, list) else value) for name, value in found}
