@@ -1,7 +1,9 @@
 """attach_loftq(): put a base into 4 bits and attach an adapter that begins as what is lost by it, in one step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from luthier.core.methods import LOFTQ
 from luthier.core.names import matches_name
 from luthier.layers.packable import OUTPUT_HEAD, Packing
 from luthier.layers.packed import PackedLinear
+from luthier.models.load import LoadedModel, load_model
 from luthier.quant.nf4 import Impl, dequantize_nf4, quantize_nf4
 
 
@@ -67,6 +70,15 @@ def minus_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Return path -> (B, A) that was taken off a weight before it went into 4 bits."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]
     return {path: layer.minus for path, layer in layers if layer.minus is not None}
+
+
+def load_without(spec: str, minus: Mapping[str, tuple[Tensor, Tensor]], **options: Any) -> LoadedModel:
+    """Load a base in floats and put it into 4 bits less what a LoftQ adapter's folder says (`AdapterFolder.minus`).
+
+    `options` are those of `load_model`, and so is what is raised; besides what `quantize_linears` raises.
+    """
+    base = load_model(spec, **options)
+    return replace(base, packing=quantize_linears(base.model, minus=minus))
 
 
 def _rounded(weight_OI: Tensor, *, dtype: torch.dtype, double: bool, impl: Impl) -> Tensor:

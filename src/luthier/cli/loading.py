@@ -53,6 +53,7 @@ def load(
     """Load the base model and the adapter. Without `model` it is the base that the adapter names; without `quantize` the base
     is in 4 bits where the adapter was trained so."""
     quiet_transformers()
+    from luthier.adapt.loftq import load_without
     from luthier.formats.adapters import load_adapter
     from luthier.formats.fingerprint import Verdict
     from luthier.formats.folder import read_adapter
@@ -68,7 +69,9 @@ def load(
     if not model:
         raise ConfigError("name a base model with --model, or an adapter with --adapter")
     quantize = quantize or recipe.get("quantize", "none")
-    base = load_model(model, dtype=dtype, quantize=quantize, progress=lambda message: console.print(message, style="dim"))
+    options: dict[str, Any] = {"dtype": dtype, "progress": lambda message: console.print(message, style="dim")}
+    minus = folder.minus if adapter is not None and quantize != "none" else {}
+    base = load_without(model, minus, **options) if minus else load_model(model, quantize=quantize, **options)
     report = load_adapter(base.model, adapter_folder(adapter), force=force) if adapter is not None else None
     if report is not None and report.base.verdict is Verdict.QUANTISED_OF:
         console.print(f"The base is not bit for bit the adapter's: {report.base.reason}.", style="dim")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+LOFTQ = "loftq"
+"""The init of a base that is put into 4 bits while the adapter is attached."""
 PISSA_NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 """pissa with a randomised decomposition, and its number of subspace iterations."""
 
@@ -29,7 +31,7 @@ class Method:
     @property
     def flag(self) -> str:
         """How `luthier train` is asked for it."""
-        return f"--{self.kind} {self.name}"
+        return f"--{self.kind} {self.name}" + " --quantize nf4" * (self.name == LOFTQ)
 
 
 CATALOGUE = (
@@ -144,6 +146,15 @@ CATALOGUE = (
         {"lora": {"init_lora_weights": "eva"}},
     ),
     Method(
+        "loftq",
+        "init",
+        "The base goes into 4 bits, and B and A begin as the r largest singular directions of what its weights lose by that. "
+        "`lora.loftq_config` may repeat it (loftq_iter); the folder then holds what makes that base again.",
+        "With --quantize nf4 and small ranks, where plain 4 bits start too far from the base. Reads the base in floats first.",
+        "Li et al. 2023, arXiv:2310.08659",
+        {"lora": {"init_lora_weights": "loftq"}},
+    ),
+    Method(
         "pissa_niter_<number>",
         "init",
         "pissa with a randomised decomposition of so many subspace iterations, much faster on large weights and as close "
@@ -158,13 +169,9 @@ METHOD_NAMES = tuple(method.name for method in CATALOGUE if method.kind == "meth
 INIT_NAMES = tuple(method.name for method in CATALOGUE if method.kind == "init" and method.name != "kaiming")
 
 
-LOFTQ = "loftq"
-"""The init of a base that is put into 4 bits while the adapter is attached; not in the list until `luthier train` can do that."""
-
-
 def is_known_init(init: bool | str) -> bool:
     """Return whether `init` is a value of init_lora_weights."""
-    return isinstance(init, bool) or init in (*INIT_NAMES[:-1], LOFTQ) or bool(PISSA_NITER.fullmatch(init))
+    return isinstance(init, bool) or init in INIT_NAMES[:-1] or bool(PISSA_NITER.fullmatch(init))
 
 
 def keeps_start(init: bool | str) -> bool:

@@ -455,11 +455,11 @@ class _Attention(Function):
 
 
 @contextmanager
-def kept_blocks(own: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+def kept_blocks(own: Iterable[Tensor], on_kept: Callable[[int], None] | None = None) -> Iterator[dict[int, int]]:
     """Inside the block, note what autograd keeps for the backward pass: address of its memory -> bytes.
 
     By memory, since several views of one are kept once; memory of the tensors `own` (a model's parameters) does not count.
-    A weight in 4 bits is always the model's: read back, it is never kept.
+    A weight in 4 bits is always the model's: read back, it is never kept. `on_kept` is told each address as it is noted.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in own if not isinstance(tensor, PackedTensor)}
     alive: list[Tensor] = []  # else the next tensor may come to lie at the address of one that is gone
@@ -473,6 +473,8 @@ def kept_blocks(own: Iterable[Tensor]) -> Iterator[dict[int, int]]:
             found[block.data_ptr()] = block.nbytes()
             # Detached, since a graph that holds its own output is never freed.
             alive.append(tensor.detach())
+            if on_kept is not None:
+                on_kept(block.data_ptr())
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

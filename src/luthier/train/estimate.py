@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from luthier.data.batches import padded_length
 from luthier.engine.score import answer_loss
@@ -160,11 +161,18 @@ def _kept_bytes(trainer: Trainer) -> tuple[float, float]:
         few.append(indices[len(few)])
     batch = trainer.micro_batch(few)
     model = trainer.model
+    owners = [model.get_submodule(path) for path in {item.path for item in trainer.items if item.kind is PARAMETER}]
+    sums: set[int] = set()
+
+    def note_sum(address: int) -> None:
+        shown = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
+        if any(value.untyped_storage().data_ptr() == address for value in shown):
+            sums.add(address)
+
     own = (*model.parameters(), *model.buffers())
-    with _leaving_no_trace(trainer), _without_checkpointing(model), kept_blocks(own) as kept:
+    with _leaving_no_trace(trainer), _without_checkpointing(model), kept_blocks(own, note_sum) as kept:
         answer_loss(model, batch)
-    stacks = {f"{item.path}.{item.key}" for item in trainer.items if item.kind is PARAMETER}
-    formed = sum(model.get_parameter(stack).nbytes for stack in stacks)  # the sums that take the parameters' places
+    formed = sum(kept[address] for address in sums)
     return (sum(kept.values()) - formed) / _cost(trainer, few), formed
 
 

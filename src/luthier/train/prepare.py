@@ -10,12 +10,13 @@ import torch
 
 from luthier.adapt.attaching import attach
 from luthier.adapt.fusing import Fusion, fuse
+from luthier.adapt.loftq import attach_loftq, load_without
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.adapt.ranks import check_schedule
 from luthier.adapt.state import adapter_parameters, roster_of
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, ModelError
-from luthier.core.methods import keeps_start
+from luthier.core.methods import LOFTQ, keeps_start
 from luthier.data.batches import collate, split_rows
 from luthier.data.encode import EncodedSet, encode
 from luthier.data.formats import sniff_format
@@ -77,7 +78,7 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     """
     tell = tell or (lambda message: None)
     tell(f"Reading {settings.data.path}")
-    base = load_model(settings.model, dtype=settings.dtype, quantize=settings.quantize, progress=tell)
+    base = _load_base(settings, tell, adapter)
     rows = read_and_encode(settings.data, base.tokenizer, settings.train.seed)
     check_rows_fit(rows, base.model)
     lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)
@@ -87,7 +88,11 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
         adapter = None
     if adapter is None:
         torch.manual_seed(settings.train.seed)
-        planned = attach(base.model, lora, ADAPTER)
+        if lora.init_lora_weights == LOFTQ:
+            planned, packing = attach_loftq(base.model, lora, ADAPTER)
+            tell(str(packing))
+        else:
+            planned = attach(base.model, lora, ADAPTER)
         if lora.init_lora_weights == "eva":
             tell("Looking at what the layers are given")
             first = [batch for _, batches in plan_steps(rows.train.lengths, settings.train) for batch in batches][:EVA_BATCHES]
@@ -111,6 +116,14 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
         planned = replace(planned, config=with_total_step(planned.config, len(steps)))
         roster_of(base.model).configs[ADAPTER] = planned.config
     return Prepared(settings, base, rows, planned, steps, fingerprint, fusion, packed)
+
+
+def _load_base(settings: RunSettings, tell: Callable[[str], None], adapter: Path | None) -> LoadedModel:
+    if settings.lora.init_lora_weights != LOFTQ:
+        return load_model(settings.model, dtype=settings.dtype, quantize=settings.quantize, progress=tell)
+    if adapter is None:
+        return load_model(settings.model, dtype=settings.dtype, progress=tell)  # attach_loftq puts it into 4 bits
+    return load_without(settings.model, read_adapter(adapter).minus, dtype=settings.dtype, progress=tell)
 
 
 def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Rows:

@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, did_you_mean
-from luthier.core.methods import CATALOGUE, METHOD_NAMES, Method
+from luthier.core.methods import CATALOGUE, LOFTQ, METHOD_NAMES, Method
 from luthier.core.settings import Settings
 
 DEFAULT_R = 16
@@ -118,6 +118,8 @@ class RunSettings(Settings):
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
         if self.train.full and (given := self._given_for_pairs()):
             raise ValueError(f"train.full trains every weight and makes no pairs, so {', '.join(given)} would have no effect")
+        if self.lora.init_lora_weights == LOFTQ and self.quantize == "none":
+            raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
         if self.train.full and self.quantize != "none":
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":

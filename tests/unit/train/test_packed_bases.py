@@ -20,6 +20,7 @@ METHODS = {
     "lora": {},
     "dora and lora+": {"lora": {"use_dora": True}, "train": {"loraplus_lr_ratio": 4.0}},
     "pissa": {"lora": {"init_lora_weights": "pissa"}},
+    "loftq": {"lora": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}}},
 }
 
 
@@ -45,7 +46,7 @@ def losses_of(done: Outcome) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora and lora+", "pissa"])
+@pytest.mark.parametrize("method", ["lora", "dora and lora+", "pissa", "loftq"])
 def test_a_stopped_run_in_4_bits_goes_on_bit_for_bit(run_settings: Make, method: str) -> None:
     whole = train(settings_of(run_settings, "whole", METHODS[method]))
     settings = settings_of(run_settings, "stopped", METHODS[method])
@@ -81,3 +82,8 @@ def test_the_recipe_says_that_the_base_was_in_4_bits(run_settings: Make) -> None
 def test_a_full_fine_tune_of_a_base_in_4_bits_is_refused(run_settings: Make) -> None:
     with pytest.raises(ConfigError, match=r"a weight in 4 bits cannot be trained; leave quantize out"):
         run_settings(lora={"r": 16}, train={"full": True}, quantize="nf4")
+
+
+def test_init_loftq_needs_a_base_that_goes_into_4_bits(run_settings: Make) -> None:
+    with pytest.raises(ConfigError, match="set quantize to 'nf4' too"):
+        run_settings(lora={"init_lora_weights": "loftq"})
