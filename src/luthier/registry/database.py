@@ -1,0 +1,70 @@
+"""Open the registry's database: SQLite by default, PostgreSQL by URL.
+
+SQLite's own transactions lose writers: of 240 inserts that 6 processes made by reading the highest number first, 70 to 140
+failed, even with a busy timeout. In WAL mode with BEGIN IMMEDIATE for whoever writes, none did. So there are two ways in:
+`reading` never blocks and never locks, `writing` takes the one write lock first. On PostgreSQL both are ordinary transactions,
+and whoever takes a number locks the row that holds it.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.orm import Session
+
+BUSY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database with its two ways in."""
+
+    url: URL
+    engine: Engine
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """Give a session that sees one state of the registry and writes nothing."""
+        with Session(self.engine) as session:
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """Give a session whose changes are kept together when the block ends, or not at all when it raises."""
+        engine = self.engine.execution_options(luthier_writes=True)
+        with Session(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+
+def open_database(url: str) -> Database:
+    """Return the database at an SQLAlchemy URL; tables are `migrate`'s job."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
+        event.listen(engine, "connect", _settle_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    else:
+        engine = create_engine(parsed, pool_pre_ping=True)
+    return Database(parsed, engine)
+
+
+def _settle_sqlite(connection: Any, _record: Any) -> None:
+    assert isinstance(connection, sqlite3.Connection)
+    connection.isolation_level = None  # no BEGIN of the driver's own: `_begin_sqlite` says which
+    cursor = connection.cursor()
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        cursor.execute(f"PRAGMA {setting}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("luthier_writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
