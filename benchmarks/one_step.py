@@ -158,7 +158,9 @@ def peft_worker(arguments: argparse.Namespace, *, use_dora: bool = False) -> dic
     return time_steps(arguments, ids, [each for _, each in named], loss_of, names)
 
 
-def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False, use_dora: bool = False) -> dict[str, Any]:
+def luthier_worker(
+    arguments: argparse.Namespace, *, compiled: bool = False, use_dora: bool = False, quantize: str = "none"
+) -> dict[str, Any]:
     import torch
 
     from luthier.adapt import adapter_parameters, attach
@@ -171,7 +173,7 @@ def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False, use
     from luthier.ops.compiler import use_compiler
     from luthier.train.memory import settle_allocator
 
-    base = load_model(arguments.model, dtype=str(dtype_of(arguments)).removeprefix("torch."))
+    base = load_model(arguments.model, dtype=str(dtype_of(arguments)).removeprefix("torch."), quantize=quantize)
     model = base.model
     torch.manual_seed(0)
     config = LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
@@ -189,7 +191,30 @@ def luthier_worker(arguments: argparse.Namespace, *, compiled: bool = False, use
         loss, count = answer_loss(model, pack(rows))
         return loss / count
 
-    return time_steps(arguments, ids, [each for _, each in named], loss_of, [name for name, _ in named])
+    measured = time_steps(arguments, ids, [each for _, each in named], loss_of, [name for name, _ in named])
+    return measured | memory_at_rest(model)
+
+
+def memory_at_rest(model: Any) -> dict[str, Any]:
+    """Return what lies in memory between two steps, in bytes: weights as they are stored, adapters, and AdamW's two moments.
+
+    And how many bits a weight of the linear layers below the head takes.
+    """
+    from torch import nn
+
+    from luthier.ops.packed import PackedTensor
+
+    def num_bytes(tensor: Any) -> int:
+        return tensor.stored.num_bytes if isinstance(tensor, PackedTensor) else tensor.nbytes
+
+    parameters = list(model.parameters())  # a tied weight once
+    trained = sum(each.numel() for each in parameters if each.requires_grad)
+    head = model.get_output_embeddings()
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return {
+        "static_bytes": sum(map(num_bytes, [*parameters, *model.buffers()])) + 8 * trained,
+        "bits_per_weight": 8 * sum(map(num_bytes, linears)) / sum(weight.numel() for weight in linears),
+    }
 
 
 def give_b_values(named: Any) -> None:

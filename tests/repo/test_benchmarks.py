@@ -70,6 +70,16 @@ def test_dora_step_runs_tiny(root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_qlora_step_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--rounds", "1", "--steps", "1", "--rows", "2", "--length", "32", "--dtype", "float32")
+    result = result_of(root, folder, "qlora_step.py", *size)
+    assert set(result["cpu_seconds_per_step"]) == {"luthier", "luthier_nf4", "peft_nf4", "reading"}
+    assert result["loss"]["peft_nf4"] == pytest.approx(result["loss"]["luthier_nf4"], rel=1e-5)
+    assert result["bits_per_weight"]["luthier_nf4"] < 8 < result["bits_per_weight"]["luthier"] == 32
+    assert {"step_vs_dense", "static_vs_dense", "vs_peft_nf4"} <= set(result)
+
+
+@pytest.mark.slow
 def test_train_epoch_runs_tiny(root: Path, folder: Path) -> None:
     size = ("--rows", "9", "--held-out", "4", "--seeds", "1", "--dtype", "float32")
     result = result_of(root, folder, "train_epoch.py", *size, "--only", "trl_no_checkpointing", "trl_packing", "luthier")
@@ -92,7 +102,7 @@ def test_train_memory_runs_tiny(root: Path, folder: Path) -> None:
 def test_plan_memory_runs_tiny(root: Path, folder: Path) -> None:
     result = result_of(root, folder, "plan_memory.py", "--only", "lora_short", "qlora", "--steps", "1")
     assert set(result) == {"lora_short", "qlora"}
-    assert {"planned_gib", "peak_gib", "error"} <= set(result["lora_short"])
+    assert all({"planned_gib", "peak_gib", "error"} <= set(each) for each in result.values())
 
 
 @pytest.mark.slow
