@@ -63,9 +63,11 @@ def peft_nf4_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
     from luthier.models.fetch import pull
 
+    disable_progress_bar()
     folder, dtype = pull(arguments.model), dtype_of(arguments)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
