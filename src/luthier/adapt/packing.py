@@ -8,9 +8,11 @@ from luthier.adapt.state import find_roster
 from luthier.core.errors import AdapterStateError, ConfigError, LuthierError, did_you_mean
 from luthier.core.inits import without
 from luthier.core.names import matches_name
+from luthier.layers.base import bare_tree
 from luthier.layers.packable import OUTPUT_HEAD, Packing, declare_packed, packing_of, split_linears
 from luthier.layers.packed import PackedLinear, pack_linear
 from luthier.ops.packed import PackedTensor
+from luthier.quant.keys import to_keys
 from luthier.quant.nf4 import Impl, NF4Weight, quantize_nf4
 
 
@@ -76,9 +78,32 @@ def has_packed_layers(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
+def packable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Return the paths of the linear layers that are in 4 bits or would go there, adapters or not, and why others would not."""
+    layers, left_out = split_linears(bare_tree(model))
+    packed = [path for path, module in model.named_modules() if isinstance(module, PackedLinear)]
+    return [*layers, *packed], {path: reason for path, reason in left_out.items() if path not in packed}
+
+
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state_dict with every 4-bit weight read back, in the dtype of its layer."""
-    packed = {name: weight for name, weight in model.named_parameters() if isinstance(weight, PackedTensor)}
-    inside = tuple(f"{name}." for name in packed)
-    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
+    state, packed = _state_apart(model)
     return state | {name: weight.read() for name, weight in packed.items()}
+
+
+def packed_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state_dict with every 4-bit weight as codes and scales (`luthier.quant.keys`), whatever its layer is."""
+    state, packed = _state_apart(model)
+    for name, weight in packed.items():
+        tensors = to_keys(weight.stored)
+        state[name] = tensors.pop("")
+        state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    return state
+
+
+def _state_apart(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedTensor]]:
+    packed: dict[str, PackedTensor] = {
+        name: weight for name, weight in model.named_parameters() if isinstance(weight, PackedTensor)
+    }
+    inside = tuple(f"{name}." for name in packed)
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}, packed
