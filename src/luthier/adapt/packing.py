@@ -1,6 +1,6 @@
 """quantize_linears(): put the linear layers of a model into 4 bits, where they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -36,6 +36,27 @@ def quantize_linears(
     Raises: AdapterStateError (adapters are attached, which were made for the weights as they are), ConfigError (an entry of
     `skip` or `minus` that matches nothing; weights that cannot be put into 4 bits, all of them). Nothing was touched then.
     """
+    taken = minus or {}
+    return pack_linears(
+        model,
+        skip,
+        lambda path, layer: packed_without(layer.weight, taken.get(path), double=double),
+        double=double,
+        impl=impl,
+        minus=taken,
+    )
+
+
+def pack_linears(
+    model: nn.Module,
+    skip: Sequence[str],
+    store: Callable[[str, nn.Linear], NF4Weight],
+    *,
+    double: bool,
+    impl: Impl,
+    minus: Mapping[str, tuple[Tensor, Tensor] | None],
+) -> Packing:
+    """Do what `quantize_linears` does, with `store` giving the 4-bit weight of the layer at a path."""
     if find_roster(model) is not None:
         raise AdapterStateError("adapters are attached to this model; quantise the base first, then attach")
     modules = dict(model.named_modules())
@@ -43,16 +64,15 @@ def quantize_linears(
     if unmatched and tuple(skip) != OUTPUT_HEAD:
         known = {path.rsplit(".", 1)[-1] for path, module in modules.items() if isinstance(module, nn.Linear)}
         raise ConfigError(f"skip entry {unmatched[0]!r} matches nothing.{did_you_mean(unmatched[0], known)}")
-    taken = minus or {}
     made: dict[str, NF4Weight] = {}
     layers, left_out = split_linears(model, skip)
     faults: list[str] = []
     for path, layer in layers.items():
         try:
-            made[path] = packed_without(layer.weight, taken.get(path), double=double)
+            made[path] = store(path, layer)
         except LuthierError as error:
             faults.append(f"  {path}: {error}")
-    unpacked = [path for path in taken if path not in made and not any(path in fault for fault in faults)]
+    unpacked = [path for path in minus if path not in made and not any(path in fault for fault in faults)]
     faults += [f"  {path}: {left_out.get(path, 'no linear layer of this model')}" for path in unpacked]
     if faults:
         raise ConfigError(f"{len(faults)} layers cannot be put into 4 bits; name them in skip:\n" + "\n".join(faults), faults)
@@ -61,7 +81,7 @@ def quantize_linears(
             "no linear layer of this model can be put into 4 bits: " + (str(left_out) if left_out else "it has none")
         )
     for path, stored in made.items():
-        pack_linear(layers[path], stored, impl=impl, minus=taken.get(path))
+        pack_linear(layers[path], stored, impl=impl, minus=minus.get(path))
     declare_packed(model, list(left_out), double, next(iter(made.values())).dtype)
     return packing_of(layers, left_out)
 
