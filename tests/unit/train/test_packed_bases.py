@@ -23,7 +23,7 @@ METHODS = {
     "pissa": {"lora": {"init_lora_weights": "pissa"}},
     "rslora": {"lora": {"use_rslora": True}},
     "lora+": {"train": {"loraplus_lr_ratio": 16.0}},
-    "adalora": {"lora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1}},
+    "adalora": {"lora": {"r": 8, "peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1}},
     "loftq": {"lora": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}}},
 }
 
