@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.adapt.attaching import attach
+from luthier.adapt.loftq import attach_loftq
 from luthier.adapt.state import adapter_parameters
 from luthier.core.errors import LuthierError
 from luthier.data.batches import Batch
+from luthier.quant import dequantize_nf4_plain
 from luthier.train.eva import start_from_inputs
 from luthier.train.groups import freeze_lora_A, parameter_groups
 from luthier.train.settings import RunSettings
@@ -43,6 +45,7 @@ WORDS: dict[str, dict[str, dict[str, Any]]] = {
     "rank_pattern": {"lora": {"rank_pattern": {EVERY: 2}}},
     "alpha_pattern": {"lora": {"alpha_pattern": {EVERY: 5}}},
     **{f"init {init}": {"lora": {"init_lora_weights": init}} for init in ("gaussian", "orthogonal", "olora", "pissa", "eva")},
+    "init loftq": {"lora": {"init_lora_weights": "loftq"}, "top": {"quantize": "nf4"}},
 }
 
 
@@ -85,12 +88,14 @@ def settings_of(name: str, *words: str) -> RunSettings:
     """Return settings of a run with the methods of these words on the layer `name`."""
     lora: dict[str, Any] = {"target_modules": [name], "lora_alpha": 9, "r": 4}
     train: dict[str, Any] = {}
+    top: dict[str, Any] = {}
     for word in words:
+        top |= WORDS[word].get("top", {})
         lora |= WORDS[word].get("lora", {})
         train |= WORDS[word].get("train", {})
     if "peft_type" in lora:
         del lora["r"]
-    return RunSettings(model="none", out="none", data={"path": "none"}, lora=lora, train=train)
+    return RunSettings(model="none", out="none", data={"path": "none"}, lora=lora, train=train, **top)
 
 
 def begun(name: str, *words: str) -> tuple[nn.Module, nn.Module, RunSettings]:
@@ -99,7 +104,10 @@ def begun(name: str, *words: str) -> tuple[nn.Module, nn.Module, RunSettings]:
     torch.manual_seed(0)
     model = Everything().eval()
     base = copy.deepcopy(model)
-    attach(model, settings.lora)
+    if settings.lora.init_lora_weights == "loftq":
+        attach_loftq(model, settings.lora)
+    else:
+        attach(model, settings.lora)
     if settings.lora.init_lora_weights == "eva":
         ids = torch.arange(4 * TOKENS).view(4, TOKENS) % V
         start_from_inputs(model, "default", [Batch(ids, torch.ones_like(ids), ids)])
@@ -141,7 +149,12 @@ def compare_with_dense(name: str, *words: str) -> None:
     base, model, settings = begun(name, *words)
     ids = torch.randint(0, V, (3, TOKENS), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():  # torch's convolutions and attention take another road where something has a gradient
-        assert torch.equal(model(ids), base(ids)), "a fresh adapter changes nothing"
+        fresh, exact = model(ids), base(ids)
+        if settings.quantize == "nf4":
+            base.linear.weight.copy_(dequantize_nf4_plain(model.linear.weight.stored))
+            assert (fresh - exact).norm() < (base(ids) - exact).norm(), "the pair gives back a part of what 4 bits lost"
+        else:
+            assert torch.equal(fresh, exact), "a fresh adapter changes nothing"
     items = list(adapter_parameters(model))
     assert {item.path for item in items} == {name}
     draw = torch.Generator().manual_seed(1)

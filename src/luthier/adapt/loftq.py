@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapt.attaching import check_name_on, install
-from luthier.adapt.packing import quantize_linears
+from luthier.adapt.packing import pack_linears, quantize_linears
 from luthier.adapt.planning import AttachPlan, PlannedLayer, base_modules, plan
 from luthier.adapt.state import find_roster
 from luthier.core.config import LoraConfig
@@ -20,7 +20,7 @@ from luthier.core.names import matches_name
 from luthier.layers.packable import OUTPUT_HEAD, Packing
 from luthier.layers.packed import PackedLinear
 from luthier.models.load import LoadedModel, load_model
-from luthier.quant.nf4 import Impl, dequantize_nf4, quantize_nf4
+from luthier.quant.nf4 import Impl, NF4Weight, dequantize_nf4, quantize_nf4
 
 
 def attach_loftq(
@@ -52,13 +52,18 @@ def attach_loftq(
     if faults := [f"  {path}: {reason}" for path, reason in reasons.items() if reason]:
         raise TargetError(f"init 'loftq' has nothing to fit in {len(faults)} layers:\n" + "\n".join(faults), faults)
 
+    stored: dict[str, NF4Weight] = {}
     minus: dict[str, tuple[Tensor, Tensor] | None] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in planned.layers:
         weight, num_iter = modules[layer.path].get_parameter("weight"), config.loftq_config.get("loftq_iter", 1)
-        rounded = partial(_rounded, dtype=weight.dtype, double=double, impl=impl)
+        rounded = partial(_rounded, stored, layer.path, weight.dtype, double=double, impl=impl)
         minus[layer.path], pairs[layer.path] = loftq_pair(weight, layer.r, layer.scaling, num_iter, rounded)
-    packing = quantize_linears(model, skip, double=double, impl=impl, minus=minus)
+
+    def last_fit(path: str, layer: nn.Linear) -> NF4Weight:
+        return stored.pop(path) if path in stored else quantize_nf4(layer.weight, double=double)
+
+    packing = pack_linears(model, skip, last_fit, double=double, impl=impl, minus=minus)
 
     def fitted_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, ...]:
         return pairs[layer.path]
@@ -81,9 +86,12 @@ def load_without(spec: str, minus: Mapping[str, tuple[Tensor, Tensor]], **option
     return replace(base, packing=quantize_linears(base.model, minus=minus))
 
 
-def _rounded(weight_OI: Tensor, *, dtype: torch.dtype, double: bool, impl: Impl) -> Tensor:
-    """Return what a layer of `dtype` will read back, in float32."""
-    return dequantize_nf4(quantize_nf4(weight_OI, double=double), dtype, impl=impl).float()
+def _rounded(
+    stored: dict[str, NF4Weight], path: str, dtype: torch.dtype, weight_OI: Tensor, *, double: bool, impl: Impl
+) -> Tensor:
+    """Return what the layer at `path`, of `dtype`, will read back of a weight, in float32; its codes are kept in `stored`."""
+    stored[path] = quantize_nf4(weight_OI, double=double).to(weight_OI.device, dtype)
+    return dequantize_nf4(stored[path], impl=impl).float()
 
 
 def _why_not(module: nn.Module, path: str, skip: Sequence[str]) -> str | None:

@@ -7,6 +7,7 @@ both come out the same.
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -40,6 +41,27 @@ class Fold:
     def show(self, parameter: nn.Parameter) -> None:
         """Put `parameter` where this fold is."""
         self.module._parameters[self.key] = parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What the active adapters make of one parameter: what they put in its place, if anything, and what they add to that."""
+
+    path: str
+    owner: nn.Module
+    key: str
+    own: Tensor
+    replaced: Tensor | None
+    deltas: list[Tensor]
+
+    @property
+    def name(self) -> str:
+        return _dotted(self.path, self.key)
+
+    def folded(self, own: Tensor | None = None) -> Tensor:
+        """Return the changed parameter, summed in float32 or wider and rounded once to the dtype of `own` (the parameter)."""
+        own = self.own if own is None else own
+        return fold(own if self.replaced is None else self.replaced, self.deltas).to(own.dtype)
 
 
 @dataclass(frozen=True)
@@ -117,10 +139,12 @@ def unmerge(model: nn.Module) -> None:
     roster.folds = []
 
 
-def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+def changes(model: nn.Module) -> Iterator[Change]:
+    """Yield what a merge would change, one parameter after the other, without holding on to it.
+
+    Raises: AdapterStateError (a layer whose own forward is not linear in its weight, a bias that has no place).
+    """
     roster = roster_of(model)
-    new = []
-    first_of: dict[int, nn.Parameter] = {}
     for path, module in adapted_modules(model):
         if any(name in module.lora for name in roster.active) and (reason := why_not_folded(module)):
             raise AdapterStateError(f"{path} {reason}; leave it unmerged")
@@ -140,10 +164,16 @@ def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.P
             owner = module.get_submodule(owner_path)
             own = owner._parameters[last]
             assert own is not None
-            folded = fold(replaced.get(key, own.detach()), deltas.get(key, [])).to(own.dtype)
-            merged = _checked(_dotted(path, key), folded)
-            first = first_of.setdefault(id(own), merged)
-            new.append((_dotted(path, owner_path), owner, last, first if torch.equal(first, merged) else merged))
+            yield Change(_dotted(path, owner_path), owner, last, own.detach(), replaced.get(key), deltas.get(key, []))
+
+
+def _merged_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+    new = []
+    first_of: dict[int, nn.Parameter] = {}
+    for change in changes(model):
+        merged = _checked(change.name, change.folded())
+        first = first_of.setdefault(id(change.owner._parameters[change.key]), merged)
+        new.append((change.path, change.owner, change.key, first if torch.equal(first, merged) else merged))
     return new
 
 

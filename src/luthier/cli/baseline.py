@@ -28,7 +28,7 @@ def baseline(
 ) -> None:
     """Train every weight, and pairs of several ranks, on the same rows, each in a process of its own, and compare."""
     console = make_console(as_json)
-    from luthier.train.baseline import FULL, contenders
+    from luthier.train.baseline import FULL, check_floats, contenders
     from luthier.train.plot import plot_baseline
     from luthier.train.settings import read_settings
 
@@ -38,8 +38,10 @@ def baseline(
     resolved = read_settings(run / "config.toml" if run.is_dir() else run, given)
     if match and not resolved.data.eval_path:
         raise ConfigError("--match answers held-out rows of a file; the settings name none (data.eval_path)")
+    asked = contenders(resolved, rank, full_learning_rate)
+    check_floats(resolved.model)
     found: dict[str, dict[str, Any]] = {}
-    for name, each in contenders(resolved, rank, full_learning_rate).items():
+    for name, each in asked.items():
         console.rule(name)
         found[name] = _trained(out / name, each.to_toml()) | {"exact_match": _matched(out / name, match) if match else None}
     full = found[FULL]

@@ -19,6 +19,7 @@ from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError, ModelError
 from luthier.inspect.counts import MASTER_BYTES, num_frozen_A, num_parameters, quantisable
 from luthier.inspect.step_trace import StepShape, StepTrace, trace_step
+from luthier.quant.nf4 import nf4_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 Method = Literal["lora", "qlora", "full"]
 METHODS: tuple[Method, ...] = ("lora", "qlora", "full")
 
-NF4_BITS = 4.127
-"""A weight in NF4 with double quantisation: 4 bits, 8 for the scale of each 64, 32 for the second scale of each 256 of those.
-Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3."""
 CUDA_BYTES = int(1.2 * 2**30)
 """What a process takes of a GPU before its first tensor: CUDA's context and the libraries' kernels, 1 to 1.3 GiB."""
 
@@ -148,7 +146,7 @@ class Planner:
             num_parameters=total,
             num_trained=trained,
             process_bytes=self.process_bytes,
-            weight_bytes=round(sum(in_four_bits.values()) * NF4_BITS / 8) + (total - sum(in_four_bits.values())) * itemsize,
+            weight_bytes=sum(map(nf4_bytes, in_four_bits.values())) + (total - sum(in_four_bits.values())) * itemsize,
             adapter_bytes=adapter * MASTER_BYTES,
             gradient_bytes=trained * trained_itemsize,
             moment_bytes=round(2 * trained * moment_bytes),

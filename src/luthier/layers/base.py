@@ -139,7 +139,7 @@ def is_restorable(module: AdaptedModule) -> bool:
 
 def whole_copy(module: nn.Module) -> nn.Module:
     """Return a trainable copy of a module, without adapters on any level: float32 parameters at least, original classes."""
-    return _as_masters(copy.deepcopy(_bare_tree(module, {})))
+    return _as_masters(copy.deepcopy(bare_tree(module)))
 
 
 def bias_copy(module: nn.Module) -> nn.Module:
@@ -167,6 +167,11 @@ def bare(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
         # They run where the module itself is called; the copy is called from inside that and must not run them again.
         setattr(clone, hooks, OrderedDict())
     return clone
+
+
+def bare_tree(module: nn.Module) -> nn.Module:
+    """Return a module as it is without adapters on any level, in original classes and with the same parameters."""
+    return _bare_tree(module, {})
 
 
 def _bare_tree(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:

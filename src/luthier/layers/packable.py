@@ -11,9 +11,16 @@ from luthier.core.names import matches_name
 from luthier.layers.kinds import why_not
 from luthier.layers.packed import PackedLinear
 from luthier.ops.packed import PackedTensor
+from luthier.quant.nf4 import Impl
 
 OUTPUT_HEAD = ("lm_head",)
 """What is left out where nothing is named: this, and whatever else a model says is its output head."""
+
+READERS = {
+    "fast": "luthier's own code",
+    "plain": "the plain expression",
+    "bitsandbytes": "bitsandbytes' kernel (luthier's own code where that has none)",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Packing:
     packed_bytes: int
     num_weights: int
     left_out: dict[str, str] = field(default_factory=dict)
+    impl: Impl = "fast"
+    """How their weights are read back (`dequantize_nf4`)."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -33,7 +42,7 @@ class Packing:
     def __str__(self) -> str:
         lines = [
             f"{len(self.packed)} linear layers in 4 bits ({self.bits_per_weight:.2f} a weight): "
-            f"{self.dense_bytes / 2**20:.1f} MiB -> {self.packed_bytes / 2**20:.1f} MiB"
+            f"{self.dense_bytes / 2**20:.1f} MiB -> {self.packed_bytes / 2**20:.1f} MiB, read back by {READERS[self.impl]}"
         ]
         return "\n".join(lines + [f"  left as it is: {path}: {reason}" for path, reason in self.left_out.items()])
 
@@ -70,7 +79,9 @@ def packing_of(layers: Mapping[str, nn.Linear], left_out: dict[str, str]) -> Pac
     weights = [layer.weight for layer in layers.values()]
     packed_bytes = sum(weight.stored.num_bytes for weight in weights if isinstance(weight, PackedTensor))
     num_weights = sum(weight.numel() for weight in weights)
-    return Packing(tuple(layers), sum(w.numel() * w.itemsize for w in weights), packed_bytes, num_weights, left_out)
+    dense_bytes = sum(w.numel() * w.itemsize for w in weights)
+    impls = [weight.impl for weight in weights if isinstance(weight, PackedTensor)]
+    return Packing(tuple(layers), dense_bytes, packed_bytes, num_weights, left_out, *impls[:1])
 
 
 def declare_packed(model: nn.Module, left_out: Sequence[str], double: bool, dtype: torch.dtype) -> None:

@@ -86,6 +86,11 @@ def dense(weight: Tensor) -> Tensor:
     return weight.read(scratch("dense", tuple(weight.shape), weight.dtype, weight.device))
 
 
+def stored_bytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor takes in memory: of a 4-bit weight, those of its codes and scales."""
+    return tensor.stored.num_bytes if isinstance(tensor, PackedTensor) else tensor.nbytes
+
+
 def packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b (..., O) for a 4-bit weight (O, I). Gradients go to x (..., I) and the bias (O,), never to the weight.
 

@@ -13,6 +13,7 @@ __getattr__, __all__ = lazy_names(
         "dequantize_nf4": "luthier.quant.nf4",
         "dequantize_nf4_plain": "luthier.quant.nf4",
         "from_keys": "luthier.quant.keys",
+        "nf4_bytes": "luthier.quant.nf4",
         "quantize_nf4": "luthier.quant.nf4",
         "to_keys": "luthier.quant.keys",
     },

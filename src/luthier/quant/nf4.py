@@ -82,6 +82,13 @@ class NF4Weight:
         return replace(self, **copies)
 
 
+def nf4_bytes(num_weights: int, *, double: bool = True) -> int:
+    """Return what so many weights will take in 4 bits: `NF4Weight.num_bytes`, before there is one."""
+    num_blocks = -(-num_weights // BLOCK)
+    scales = num_blocks + 4 * -(-num_blocks // SCALE_BLOCK) + 4 if double else 4 * num_blocks
+    return -(-num_weights // 2) + scales
+
+
 def quantize_nf4(weight: Tensor, *, double: bool = True) -> NF4Weight:
     """Return `weight` (any shape) in 4 bits, with `double` quantisation or with float32 scales (4.5 bits).
 

@@ -9,12 +9,19 @@ from pathlib import Path
 
 from torch import nn
 
+from luthier.adapt.packing import has_packed_layers
 from luthier.adapt.planning import base_modules, shortest_names
 from luthier.core.config import AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError
+from luthier.models.blueprint import read_config
+from luthier.models.packed import declared_packing
 from luthier.train.settings import TASK, RunSettings
 
 FULL = "full"
+IN_4_BITS = (
+    "a full fine-tune trains every weight, and weights in 4 bits cannot be trained; name the float model, and for a comparison "
+    "with pairs let both begin there: luthier baseline ... -s model=NAME -s quantize=none"
+)
 
 
 def whole_model(model: nn.Module) -> LoraConfig:
@@ -22,6 +29,8 @@ def whole_model(model: nn.Module) -> LoraConfig:
 
     Weights that the model shares (a tied head) stay shared.
     """
+    if has_packed_layers(model):
+        raise ConfigError(IN_4_BITS)
     if model._parameters:
         raise ConfigError(f"{type(model).__name__} has parameters outside its modules; train.full cannot replace those")
     modules = base_modules(model)
@@ -34,6 +43,12 @@ def whole_model(model: nn.Module) -> LoraConfig:
     is_tied = len(set(owned)) < len(owned)
     values = {"target_modules": [], "modules_to_save": names, "ensure_weight_tying": is_tied, "task_type": TASK}
     return LoraConfig.model_validate(values)
+
+
+def check_floats(model: str) -> None:
+    """Raise ConfigError if the files of the base `model` hold weights in 4 bits; nothing but its configuration is read."""
+    if declared_packing(read_config(model)) is not None:
+        raise ConfigError(f"{model} holds weights in 4 bits: {IN_4_BITS}")
 
 
 def contenders(settings: RunSettings, ranks: Sequence[int], full_learning_rate: float) -> dict[str, RunSettings]:
@@ -49,6 +64,8 @@ def contenders(settings: RunSettings, ranks: Sequence[int], full_learning_rate: 
         )
     if not settings.data.eval_path and not settings.data.eval_fraction:
         raise ConfigError("there is nothing to compare by: set data.eval_path or data.eval_fraction")
+    if settings.quantize != "none":
+        raise ConfigError(f"quantize is {settings.quantize!r}: {IN_4_BITS}")
     if settings.train.full:
         raise ConfigError("train.full is what the baseline adds by itself; leave it out")
     scale = settings.lora.lora_alpha / settings.lora.r

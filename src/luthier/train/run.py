@@ -17,6 +17,7 @@ from luthier.adapt.state import base_parameters
 from luthier.core.atomic import write_atomic
 from luthier.core.errors import CheckpointError, MissingExtraError
 from luthier.data.preview import preview
+from luthier.ops.packed import stored_bytes
 from luthier.train.display import Display, preflight_report, summary_report
 from luthier.train.loop import Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
@@ -133,7 +134,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "run": str(folder.path),
         "adapter": str(folder.adapter),
         "adapter_bytes": adapter_file.stat().st_size if adapter_file.exists() else 0,
-        "base_bytes": sum(tensor.numel() * tensor.element_size() for _, tensor in base_parameters(prepared.base.model)),
+        "base_bytes": sum(stored_bytes(tensor) for _, tensor in base_parameters(prepared.base.model)),
         "plot": plot or None,
         "note": note,
         "ranks": _ranks(trainer),

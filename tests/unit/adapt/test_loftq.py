@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from luthier.adapt import adapter_parameters, attach, attach_loftq, detach, quantize_linears
 from luthier.adapt.loftq import minus_of
@@ -192,3 +194,23 @@ def test_training_starts_where_it_was_fitted(tiny_llama: Callable[..., nn.Module
     attach_loftq(model, loftq(2, r=4))
     model(IDS).logits.square().sum().backward()
     assert all(each.parameter.grad.any() for each in adapter_parameters(model))
+
+
+class Codings(TorchFunctionMode):
+    """Counts how often weights (of one chunk each) are given their codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.bucketize
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_iter", [1, 3])
+def test_a_weight_is_put_into_4_bits_once_for_each_fit(tiny_llama: Callable[..., nn.Module], num_iter: int) -> None:
+    quantize_linears(tiny_llama())  # builds the tables
+    with Codings() as codings:
+        attach_loftq(tiny_llama(), loftq(num_iter, r=4, target_modules=["q_proj", "v_proj"]))
+    assert codings.count == 4 * num_iter + 10

@@ -67,6 +67,18 @@ def test_every_linear_layer_but_the_head_is_packed_under_its_name(tiny_llama: Ca
     assert torch.equal(logits(model), logits(with_dense_weights(model)))
 
 
+@pytest.mark.parametrize(("impl", "told"), [("fast", "luthier's own code"), ("bitsandbytes", "bitsandbytes' kernel")])
+def test_it_is_said_who_reads_the_weights_back_and_the_numbers_do_not_depend_on_it(
+    tiny_llama: Callable[..., nn.Module], impl: str, told: str
+) -> None:
+    if impl == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+    model = tiny_llama(hidden=64)
+    packing = quantize_linears(model, impl=impl)
+    assert f"read back by {told}" in str(packing)
+    assert torch.equal(logits(model), logits(with_dense_weights(model)))
+
+
 def test_what_cannot_be_packed_is_left_with_its_reason() -> None:
     class Odd(nn.Linear):
         pass

@@ -64,3 +64,14 @@ def test_exact_match_needs_rows_to_answer(
     assert said.status == 2
     assert "data.eval_path" in said.err
     assert not (tmp_path / "cmp").exists()
+
+
+def test_a_base_in_4_bits_is_refused_before_anything_is_trained(
+    luthier: Callable[..., Any], tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    settings = RunSettings(model=str(tiny_folder), out="unused", quantize="nf4", data={"path": str(rows_file)})
+    (tmp_path / "run.toml").write_text(settings.to_toml())
+    said = luthier("baseline", "run.toml", "-o", "cmp", "--json")
+    assert said.status == 2
+    assert "-s quantize=none" in json.loads(said.out)["error"]["message"]
+    assert not (tmp_path / "cmp").exists()

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.adapt.merging import merge
-from luthier.core.errors import AdapterStateError, StorageError
+from luthier.adapt.packing import quantize_linears
+from luthier.core.errors import AdapterStateError, ConfigError, StorageError
 from luthier.formats.merged import merge_difference, save_merged
+from luthier.models import load_model
+from luthier.ops.packed import PackedTensor
 
 Make = Callable[..., nn.Module]
 IDS = torch.tensor([[5, 17, 200, 3, 42, 42, 9]])
@@ -158,3 +161,58 @@ def test_merge_difference_is_rounding_only_and_leaves_the_model(adapted: Make, t
     merge(model)
     with pytest.raises(AdapterStateError, match="merged already"):
         merge_difference(model, IDS)
+
+
+@pytest.mark.parametrize("base", ["floats", "tied floats", "4 bits"])
+def test_in_4_bits_the_file_holds_what_bitsandbytes_makes_of_the_merged_weights(
+    base: str, tiny_llama: Make, adapted: Make, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    model = tiny_llama(vocab=len(tiny_tokenizer), hidden=64, tie_word_embeddings=base == "tied floats")
+    if base == "4 bits":
+        quantize_linears(model)
+    # q_proj and down_proj have pairs; the other linear layers go into 4 bits all the same, the adapted head does not.
+    model = adapted(model, target_modules=["q_proj", "down_proj", "lm_head"])
+    dense = load_file(save_merged(model, tmp_path / "dense") / "model.safetensors")
+    before, declared = logits(model), getattr(model.config, "quantization_config", None)
+    parameters = {name: id(tensor) for name, tensor in model.named_parameters()}
+
+    folder = save_merged(model, tmp_path / "small", to="nf4", tokenizer=tiny_tokenizer)
+
+    written = load_file(folder / "model.safetensors")
+    linear = [name for name in dense if name.endswith("proj.weight")]
+    assert len(linear) == 14
+    for name in linear:
+        codes, state = functional.quantize_4bit(dense[name], compress_statistics=True, quant_type="nf4")
+        assert torch.equal(written[name], codes), name
+        # Scales that were read back once and coded again may fall to the code beside.
+        assert base == "4 bits" or torch.equal(written[f"{name}.absmax"], state.absmax), name
+    assert {name for name, tensor in written.items() if tensor.is_floating_point() and tensor.ndim > 1} == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
+    loaded = load_model(str(folder), dtype="float32")
+    assert loaded.packing is not None and len(loaded.packing.packed) == 14
+    assert loaded.model.config.quantization_config["llm_int8_skip_modules"] == ["lm_head"]
+    difference = merge_difference(model, IDS, to="nf4")
+    theirs = logits(loaded.model)
+    assert difference.relative == pytest.approx(float((theirs - before).abs().max() / before.abs().max()), rel=1e-5)
+    # The live model is what it was.
+    assert {name: id(tensor) for name, tensor in model.named_parameters()} == parameters
+    assert torch.equal(logits(model), before)
+    assert getattr(model.config, "quantization_config", None) == declared
+
+
+def test_nothing_is_put_into_4_bits_unasked(tiny_llama: Make, adapted: Make, tmp_path: Path) -> None:
+    model = tiny_llama()
+    quantize_linears(model)
+    model = adapted(model)
+    assert all(
+        tensor.is_floating_point() for tensor in load_file(save_merged(model, tmp_path / "m") / "model.safetensors").values()
+    )
+    merge(model)
+    assert not isinstance(model.model.layers[0].self_attn.q_proj.weight, PackedTensor)
+    for write in (lambda: save_merged(model, tmp_path / "other", to="int4"), lambda: merge_difference(model, IDS, to="nf5")):
+        with pytest.raises(ConfigError, match=r"is unknown\..*Write dense .* or nf4"):
+            write()
+    assert not (tmp_path / "other").exists()

@@ -4,16 +4,20 @@ Bands: figures that were measured (PEFT's benchmark) within 15 %, read off a plo
 (LLaMA-Factory's table) within 30 %, as the research notes state them.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tests.meta_models import llama_model
 from transformers import Qwen3MoeConfig
 
+from luthier.adapt import quantize_linears
 from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError
 from luthier.inspect import Planner, Setting, StepShape
 from luthier.inspect.memory_plan import CUDA_BYTES, Growth
 from luthier.models import meta_model
+from luthier.ops.packed import PackedTensor
 
 GIB, GB = 2**30, 1e9
 
@@ -65,7 +69,24 @@ def test_full_fine_tuning_of_65b_needs_more_than_780_gb() -> None:
 def test_double_quantised_nf4_takes_4_127_bits_of_each_linear_weight() -> None:
     found = Planner(llama_model("7B").to(torch.bfloat16), LoraConfig()).plan(Setting("qlora", StepShape(1, 16)))
     linear, total = 6_476_005_376, 6_738_415_616
-    assert found.weight_bytes == round(linear * 4.127 / 8) + 2 * (total - linear)
+    assert found.weight_bytes == pytest.approx(linear * 4.127 / 8 + 2 * (total - linear), rel=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [48, 64])
+@pytest.mark.parametrize("tied", [True, False])
+def test_planned_weights_are_the_storages_that_loaded_ones_have(
+    tiny_llama: Callable[..., torch.nn.Module], hidden: int, tied: bool
+) -> None:
+    model = tiny_llama(hidden=hidden, heads=4, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    planner = Planner(meta_model(model.config, torch.bfloat16), LoraConfig(r=2))
+    planned = {method: planner.plan(Setting(method, StepShape(1, 16))).weight_bytes for method in ("lora", "qlora")}  # type: ignore[arg-type]
+    assert planned["lora"] == sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+    quantize_linears(model)
+    held = 0
+    for parameter in model.parameters():
+        tensors = parameter.stored.tensors.values() if isinstance(parameter, PackedTensor) else [parameter]
+        held += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert planned["qlora"] == held < planned["lora"]
 
 
 def test_growth_predicts_larger_plans() -> None:

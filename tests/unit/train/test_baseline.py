@@ -11,9 +11,11 @@ from tests.tiny_run import save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from luthier.adapt import quantize_linears
 from luthier.core.errors import ConfigError
 from luthier.data.batches import collate
-from luthier.train.baseline import contenders
+from luthier.formats import save_packed
+from luthier.train.baseline import check_floats, contenders
 from luthier.train.prepare import prepare
 from luthier.train.run import train
 from luthier.train.settings import RunSettings
@@ -87,8 +89,22 @@ def test_ranks_keep_the_scaling_and_everything_else(run_settings: Make) -> None:
         ({"lora": {"rank_pattern": {"q_proj": 2}}}, [2], "rank_pattern"),
         ({"lora": {"r": 16}, "train": {"full": True}}, [2], "leave it out"),
         ({"data": {"eval_path": None, "eval_fraction": 0.0}}, [2], "nothing to compare by"),
+        ({"quantize": "nf4"}, [2], r"quantize is 'nf4': a full fine-tune trains every weight(.|\n)*-s quantize=none"),
     ],
 )
 def test_a_comparison_that_makes_no_sense_is_refused(run_settings: Make, settings: dict, ranks: list[int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         contenders(run_settings(**settings), ranks, 1e-5)
+
+
+def test_a_full_fine_tune_of_a_folder_in_4_bits_is_refused(
+    run_settings: Make, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_llama(vocab=len(tiny_tokenizer), hidden=64, layers=1)
+    quantize_linears(model)
+    folder = save_packed(model, tmp_path / "packed", tokenizer=tiny_tokenizer)
+    with pytest.raises(ConfigError, match="packed holds weights in 4 bits"):
+        check_floats(str(folder))
+    with pytest.raises(ConfigError, match="weights in 4 bits cannot be trained; name the float model"):
+        prepare(run_settings(model=str(folder), lora={"r": 16}, train={"full": True}))
+    check_floats(run_settings().model)

@@ -8,6 +8,7 @@ import pytest
 
 from luthier.core.errors import ConfigError
 from luthier.layers.packed import PackedLinear
+from luthier.ops.packed import PackedTensor
 from luthier.train.loop import Trainer
 from luthier.train.prepare import prepare
 from luthier.train.run import Outcome, resume, train
@@ -20,6 +21,9 @@ METHODS = {
     "lora": {},
     "dora and lora+": {"lora": {"use_dora": True}, "train": {"loraplus_lr_ratio": 4.0}},
     "pissa": {"lora": {"init_lora_weights": "pissa"}},
+    "rslora": {"lora": {"use_rslora": True}},
+    "lora+": {"train": {"loraplus_lr_ratio": 16.0}},
+    "adalora": {"lora": {"r": 8, "peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1}},
     "loftq": {"lora": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}}},
 }
 
@@ -46,7 +50,7 @@ def losses_of(done: Outcome) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora and lora+", "pissa", "loftq"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_run_in_4_bits_goes_on_bit_for_bit(run_settings: Make, method: str) -> None:
     whole = train(settings_of(run_settings, "whole", METHODS[method]))
     settings = settings_of(run_settings, "stopped", METHODS[method])
@@ -57,6 +61,10 @@ def test_a_stopped_run_in_4_bits_goes_on_bit_for_bit(run_settings: Make, method:
     again = resume(trainer.folder.path)
     name = "adapter_model.safetensors"
     assert (again.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+    assert losses_of(again) == losses_of(whole)
+    assert again.summary["ranks"] == whole.summary["ranks"]
+    if method == "adalora":
+        assert whole.summary["ranks"]["total"] == whole.summary["ranks"]["target"] == 7 * 2
 
 
 @pytest.mark.parametrize("method", ["lora", "dora and lora+", "pissa"])
@@ -77,6 +85,17 @@ def test_the_recipe_says_that_the_base_was_in_4_bits(run_settings: Make) -> None
     assert note["base"]["quantisation"] == "bitsandbytes"
     losses = losses_of(done)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_summary_counts_the_bytes_that_the_base_has_in_memory(run_settings: Make, quantize: str) -> None:
+    done = train(run_settings(quantize=quantize, dtype="bfloat16", train={"max_steps": 1}))
+    held = 0
+    for name, parameter in done.prepared.base.model.named_parameters():
+        if ".lora." not in name:
+            tensors = parameter.stored.tensors.values() if isinstance(parameter, PackedTensor) else [parameter]
+            held += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert done.summary["base_bytes"] == held
 
 
 def test_a_full_fine_tune_of_a_base_in_4_bits_is_refused(run_settings: Make) -> None:
