@@ -61,9 +61,10 @@ def test_peft_computes_what_the_dense_decomposition_foretells(
 
 
 def test_truncate_says_what_was_lost(luthier: Luthier, trained: Path, tmp_path: Path) -> None:
-    said = luthier("truncate", trained, "-o", "cut", "--rank", "3")
+    said = luthier("truncate", trained, "-o", "cut", "--rank", "3", "--layers")
     assert said.status == 0
     assert "model.layers.0.self_attn.v_proj" in said.out and "16 -> 3" in said.out and "foretold" in said.out
+    assert "model.layers" not in luthier("truncate", trained, "-o", "short", "--rank", "3").out
     generated = luthier("generate", "refret", "-a", "cut", "--max-new-tokens", "3", "--json")
     assert generated.status == 0, generated.err  # the base is found and known by its fingerprint
     wrong = luthier("truncate", trained, "-o", "other")
