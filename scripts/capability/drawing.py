@@ -1,0 +1,22 @@
+"""What the makers of suites share: drawing distinct items. Never reads a model, a tokenizer or the network."""
+
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Item = dict[str, object]
+Drawn = TypeVar("Drawn", bound=tuple[Any, ...])
+
+
+def distinct(name: str, count: int, make: Callable[[random.Random, int], Drawn]) -> list[Drawn]:
+    """Return `count` draws of `make` whose first parts differ; it is told how many there are (to take variants by turns).
+
+    Each name has a generator of its own, so a paradigm that is added or changed leaves the others as they were.
+    """
+    rng, found = random.Random(f"luthier {name}"), dict[object, Drawn]()
+    for _ in range(100 * count):
+        drawn = make(rng, len(found))
+        found.setdefault(drawn[0], drawn)
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(f"{name}: only {len(found)} different items of {count}; its lexicon is too small")
