@@ -1,7 +1,10 @@
-"""What the makers of suites share: drawing distinct items. Never reads a model, a tokenizer or the network."""
+"""What the makers of suites share: drawing distinct items, and putting right answers among wrong ones.
+
+Never reads a model, a tokenizer or the network.
+"""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 Item = dict[str, object]
@@ -20,3 +23,19 @@ def distinct(name: str, count: int, make: Callable[[random.Random, int], Drawn])
         if len(found) == count:
             return list(found.values())
     raise ValueError(f"{name}: only {len(found)} different items of {count}; its lexicon is too small")
+
+
+def placed(name: str, questions: Sequence[tuple[Item, str, Sequence[str]]]) -> list[Item]:
+    """Return each question with its options: the right answer and up to three of the wrong ones.
+
+    The right one stands in each place equally often, so that always choosing the same place is worth nothing.
+    """
+    rng = random.Random(f"luthier places {name}")
+    places = [number % 4 for number in range(len(questions))]
+    rng.shuffle(places)
+    items = []
+    for (item, answer, wrong), place in zip(questions, places, strict=True):
+        options = rng.sample(sorted(wrong), min(3, len(wrong)))
+        place %= len(options) + 1
+        items.append({**item, "options": [*options[:place], answer, *options[place:]], "answer": place})
+    return items

@@ -5,9 +5,7 @@ are the answers of others in its group, so no group holds two words with equally
 written out with its wrong answers. Nothing here changes with the news.
 """
 
-import random
-
-from capability.drawing import Item
+from capability.drawing import Item, placed
 
 # Subject: the sentence, and what belongs together.
 GROUPS = {
@@ -186,8 +184,8 @@ Columbus crossed the Atlantic in the year | 1492 | 1066 | 1776 | 1914
 The money of Japan is the | yen | dollar | pound | peso
 The money of the United Kingdom is the | pound | yen | peso | ruble
 The main ingredient of an omelette is | egg | rice | corn | fish
-Sushi comes from | Japan | Germany | Egypt | Ireland
-Pizza comes from | Italy | Sweden | China | Peru
+The dish called sushi comes from | Japan | Germany | Egypt | Ireland
+The dish called pizza comes from | Italy | Sweden | China | Peru
 A vegetable that makes people cry when they cut it is the | onion | carrot | potato | cucumber
 The metal that is liquid at room temperature is | mercury | iron | gold | copper
 Diamonds are made of | carbon | oxygen | silver | water
@@ -202,19 +200,13 @@ Bones meet at the | joints | lungs | veins | nails
 
 def facts() -> list[Item]:
     """Return the questions of all groups and those written out, each with its right answer among four options."""
-    items = []
+    questions: list[tuple[Item, str, list[str]]] = []
     for subject, (sentence, words) in GROUPS.items():
         known = dict(pair.split(" = ") for pair in words.split(", "))
         for number, (word, answer) in enumerate(known.items(), start=1):
-            items.append(_question(f"{subject}-{number:02}", subject, sentence.format(word), answer, sorted({*known.values()})))
+            asked: Item = {"id": f"{subject}-{number:02}", "subject": subject, "question": sentence.format(word)}
+            questions.append((asked, answer, sorted({*known.values()} - {answer})))
     for number, line in enumerate(SINGLE.strip().splitlines(), start=1):
         question, answer, *wrong = line.split(" | ")
-        items.append(_question(f"general-{number:02}", "general", question, answer, wrong))
-    return items
-
-
-def _question(name: str, subject: str, question: str, answer: str, pool: list[str]) -> Item:
-    rng = random.Random(f"luthier {name}")
-    options = [answer, *rng.sample([other for other in pool if other != answer], 3)]
-    rng.shuffle(options)
-    return {"id": name, "subject": subject, "question": question, "options": options, "answer": options.index(answer)}
+        questions.append(({"id": f"general-{number:02}", "subject": "general", "question": question}, answer, wrong))
+    return placed("facts", questions)

@@ -89,16 +89,6 @@ CHORES = (
 # None of these can stand without an object.
 NEEDY = ("repaired", "found", "bought", "touched", "needed", "damaged", "owned", "received", "wanted", "mentioned")
 WITHOUT_OBJECT = ("vanished", "slept", "arrived", "sneezed", "laughed", "existed", "fainted", "stumbled")
-COMPARED = (
-    ("heavy", "heavier"),
-    ("small", "smaller"),
-    ("cheap", "cheaper"),
-    ("old", "older"),
-    ("clean", "cleaner"),
-    ("large", "larger"),
-    ("light", "lighter"),
-    ("soft", "softer"),
-)
 VOWEL_WORDS = ("apple", "orange", "umbrella", "engine", "old map", "empty glass", "island", "onion", "open door", "ugly hat")
 CONSONANT_WORDS = ("pear", "lemon", "hammer", "clock", "new map", "full glass", "mountain", "carrot", "closed door", "red hat")
 UNCOUNTED = ("water", "rice", "sand", "furniture", "advice", "luggage", "milk", "money", "bread", "snow")
@@ -159,6 +149,29 @@ def agreement_past_a_phrase(rng: random.Random, turn: int) -> tuple[str, str]:
     return one_right(rng.choice(INTRANSITIVE), plural, f"The {of_person(rng, plural)} {between} the {thing} {{}} every day.")
 
 
+def agreement_past_two_phrases(rng: random.Random, turn: int) -> tuple[str, str]:
+    """Put two nouns of the other number between subject and verb."""
+    plural = turn % 2
+    near, far = (each[1 - plural] for each in rng.sample(sorted(THINGS.items()), 2))
+    start = f"The {of_person(rng, plural)} with the {near} beside the {far}"
+    return one_right(rng.choice(INTRANSITIVE), plural, f"{start} {{}} now and then.")
+
+
+def agreement_of_two(rng: random.Random, turn: int) -> tuple[str, str]:
+    """Let two singulars count as many, but not where one of them is only named beside the other."""
+    together = turn % 2
+    one, other = rng.sample(sorted(PEOPLE), 2)
+    start = f"The {one} and the {other}" if together else f"The {one}, like the {other},"
+    return one_right(rng.choice(INTRANSITIVE), together, f"{start} {{}} all day.")
+
+
+def agreement_of_each(rng: random.Random, turn: int) -> tuple[str, str]:
+    """Let the quantifier decide, not the plural after it."""
+    plural = turn % 2
+    start = f"{(('Each', 'Both'), ('One', 'Two'))[turn // 2 % 2][plural]} of the {of_person(rng, 1)}"
+    return one_right(rng.choice(INTRANSITIVE), plural, f"{start} {{}} in the {rng.choice(PLACES)}.")
+
+
 def agreement_past_a_clause(rng: random.Random, turn: int) -> tuple[str, str]:
     """Put a relative clause whose subject has the other number between subject and verb."""
     plural = turn % 2
@@ -195,19 +208,18 @@ def reflexive_gender(rng: random.Random, turn: int) -> tuple[str, str]:
     return one_right(("himself", "herself"), female, f"The {someone} {rng.choice(FELT)} {{}} yesterday evening.")
 
 
+def reflexive_past_a_phrase(rng: random.Random, turn: int) -> tuple[str, str]:
+    """Name someone in the other number nearer to the reflexive, who is not meant."""
+    plural = turn % 2
+    subject, other = of_person(rng, plural, MALE), of_person(rng, 1 - plural, MALE)
+    return one_right(("himself", "themselves"), plural, f"The {subject} behind the {other} {rng.choice(FELT)} {{}}.")
+
+
 def reflexive_past_a_clause(rng: random.Random, turn: int) -> tuple[str, str]:
     """Name someone of the other gender nearer to the reflexive, who is not meant."""
     female = turn % 2
     subject, other = of_person(rng, 0, FEMALE if female else MALE), of_person(rng, 0, MALE if female else FEMALE)
     return one_right(("himself", "herself"), female, f"The {subject} that the {other} met {rng.choice(FELT)} {{}}.")
-
-
-def determiner_number(rng: random.Random, turn: int) -> tuple[str, str]:
-    """Ask for the noun's number by this or these, that or those."""
-    plural = turn % 2
-    determiner = (("this", "these"), ("that", "those"))[turn // 2 % 2][plural]
-    things = rng.choice(sorted(THINGS.items()))
-    return one_right(things, plural, f"The {of_person(rng, 0)} {rng.choice(HANDLED)} {determiner} {{}}.")
 
 
 def determiner_past_an_adjective(rng: random.Random, turn: int) -> tuple[str, str]:
@@ -230,6 +242,14 @@ def ever_under_no(rng: random.Random, turn: int) -> tuple[str, str]:
     _, _, participle = rng.choice(TRANSITIVE)
     whose = (("No", "Some"), ("None of the", "Most of the"))[turn % 2]
     return one_right(whose, 0, f"{{}} {of_person(rng, 1)} have ever {participle} the {rng.choice(sorted(THINGS))}.")
+
+
+def ever_in_scope(rng: random.Random, turn: int) -> tuple[str, str]:
+    """Allow `ever` by a negation that reaches it, not by one inside a relative clause."""
+    inside = f"{of_person(rng, turn % 2, FEMALE)} trusted"
+    rest = f"ever {rng.choice(TRANSITIVE)[2]} the {rng.choice(sorted(THINGS))}."
+    someone = of_person(rng, 1)
+    return f"No {someone} that the {inside} have {rest}", f"The {someone} that no {inside} have {rest}"
 
 
 def any_under_not(rng: random.Random, turn: int) -> tuple[str, str]:
@@ -270,27 +290,6 @@ def missing_gap(rng: random.Random, turn: int) -> tuple[str, str]:
     return f"{knows} what {rest}", f"{knows} that {rest}"
 
 
-def question_order(rng: random.Random, turn: int) -> tuple[str, str]:
-    """Put the auxiliary before the subject in a question."""
-    word, someone = ("When", "Why", "Where")[turn % 3], of_person(rng, turn % 2)
-    rest = f"{rng.choice(TRANSITIVE)[0]} the {rng.choice(sorted(THINGS))}?"
-    return f"{word} did the {someone} {rest}", f"{word} the {someone} did {rest}"
-
-
-def adjective_order(rng: random.Random, turn: int) -> tuple[str, str]:
-    """Put the adjective before its noun."""
-    adjective, thing = rng.choice(ADJECTIVES), rng.choice(sorted(THINGS.items()))[turn % 2]
-    frame = f"The {of_person(rng, 0)} {rng.choice(HANDLED)} the {{}} in the {rng.choice(PLACES)}."
-    return frame.format(f"{adjective} {thing}"), frame.format(f"{thing} {adjective}")
-
-
-def object_order(rng: random.Random, turn: int) -> tuple[str, str]:
-    """Put the object after its verb."""
-    someone, thing, verb = of_person(rng, turn % 2), rng.choice(sorted(THINGS.items()))[1], rng.choice(HANDLED)
-    when = ("yesterday", "this morning", "last week")[turn % 3]
-    return f"The {someone} {verb} the {thing} {when}.", f"The {someone} the {thing} {verb} {when}."
-
-
 def participle_after_have(rng: random.Random, turn: int) -> tuple[str, str]:
     """Use the participle after `have`, and the past without it."""
     _, past, participle = rng.choice(TRANSITIVE)
@@ -320,20 +319,12 @@ def pronoun_case(rng: random.Random, turn: int) -> tuple[str, str]:
     return one_right(pronouns, turn % 2, frame)
 
 
-def comparative(rng: random.Random, turn: int) -> tuple[str, str]:
-    """Compare with the comparative, and only then."""
-    forms, (one, two) = rng.choice(COMPARED), rng.sample(sorted(THINGS), 2)
-    frame = (f"The {one} is as {{}} as the {two}.", f"The {one} is {{}} than the {two}.")[turn % 2]
-    return one_right(forms, turn % 2, frame)
-
-
 def tense_and_time(rng: random.Random, turn: int) -> tuple[str, str]:
-    """Let the tense fit the day that is named."""
+    """Let the day that is named fit the tense."""
     base, past, _ = rng.choice(TRANSITIVE)
-    future = turn % 2
-    day = (("Yesterday", "Last week"), ("Tomorrow", "Next week"))[future][turn // 2 % 2]
-    rest = f"the {rng.choice(sorted(THINGS))}."
-    return one_right((past, f"will {base}"), future, f"{day} the {of_person(rng, 0)} {{}} {rest}")
+    days = (("Yesterday", "Tomorrow"), ("Last week", "Next week"))[turn // 2 % 2]
+    tense = (past, f"will {base}")[turn % 2]
+    return one_right(days, turn % 2, f"{{}} the {of_person(rng, 0)} {tense} the {rng.choice(sorted(THINGS))}.")
 
 
 def much_and_many(rng: random.Random, turn: int) -> tuple[str, str]:
@@ -352,29 +343,29 @@ def prepositions(rng: random.Random, turn: int) -> tuple[str, str]:
 PARADIGMS: tuple[Paradigm, ...] = (
     subject_verb_agreement,
     agreement_past_a_phrase,
+    agreement_past_two_phrases,
     agreement_past_a_clause,
+    agreement_of_two,
+    agreement_of_each,
     agreement_of_there,
     agreement_of_be,
     reflexive_number,
     reflexive_gender,
+    reflexive_past_a_phrase,
     reflexive_past_a_clause,
-    determiner_number,
     determiner_past_an_adjective,
     article_before_a_vowel,
     ever_under_no,
+    ever_in_scope,
     any_under_not,
     adjunct_island,
     coordinate_island,
     left_branch,
     missing_gap,
-    question_order,
-    adjective_order,
-    object_order,
     participle_after_have,
     base_after_did,
     verbs_without_object,
     pronoun_case,
-    comparative,
     tense_and_time,
     much_and_many,
     prepositions,

@@ -9,6 +9,7 @@ from luthier.core.lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "Contamination": "luthier.evaluate.contamination",
         "Judgement": "luthier.evaluate.judgement",
         "JsonScores": "luthier.evaluate.metrics",
         "PairScores": "luthier.evaluate.metrics",
@@ -17,6 +18,8 @@ __getattr__, __all__ = lazy_names(
         "Side": "luthier.evaluate.judgement",
         "Suite": "luthier.evaluate.suites",
         "exact_match": "luthier.evaluate.metrics",
+        "find_contamination": "luthier.evaluate.contamination",
+        "find_suites": "luthier.evaluate.shipped",
         "is_json_container": "luthier.evaluate.metrics",
         "json_scores": "luthier.evaluate.metrics",
         "load_suite": "luthier.evaluate.suites",
