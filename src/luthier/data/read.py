@@ -78,11 +78,16 @@ def stream_rows(source: str | Path) -> Iterator[dict[str, Any]]:
     """
     path = Path(source)
     if path.is_file() and path.suffix in LINES:
-        yield from _lines(path, None)
+        rows = _lines(path, None)
     elif path.is_file() and path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+        rows = _parquet_rows(path)
     else:
-        yield from read_rows(source).rows
+        rows = iter(read_rows(source).rows)
+    row = None
+    for row in rows:
+        yield row
+    if row is None:
+        raise DataError(f"'{source}' holds no rows.")
 
 
 def _read_file(path: Path, limit: int | None) -> list[dict[str, Any]]:

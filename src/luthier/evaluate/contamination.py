@@ -67,9 +67,10 @@ class Contamination:
     rows: int
     suites: tuple[SuiteOverlap, ...]
 
-    def item_ids(self, suite: str) -> frozenset[str]:
-        """Return the items of a suite that are in the training rows."""
-        return next(found.item_ids for found in self.suites if found.suite == suite)
+    @property
+    def item_ids(self) -> dict[str, frozenset[str]]:
+        """The items that are in the training rows, by suite: what the gate leaves out. Suites without any are not named."""
+        return {found.suite: found.item_ids for found in self.suites if found.overlaps}
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with each suite's `share`."""

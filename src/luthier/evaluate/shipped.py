@@ -19,7 +19,9 @@ def shipped_suite(name: str) -> Suite:
     """Return one of the shipped suites. Raises: ConfigError if there is none of that name."""
     if name not in SHIPPED:
         known = ", ".join(SHIPPED)
-        raise ConfigError(f"no suite called {name!r} comes with luthier.{did_you_mean(name, SHIPPED)} There are: {known}")
+        raise ConfigError(
+            f"no suite called {name!r} comes with luthier.{did_you_mean(name, (GENERAL, *SHIPPED))} There are: {known}"
+        )
     return load_suite(FOLDER / f"{name}.toml")
 
 
