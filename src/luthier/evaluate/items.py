@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.faults import RowFaults
 from luthier.data.templates import RowTemplate
+from luthier.evaluate.answers import number_in
 from luthier.evaluate.checks import Check, read_checks
+from luthier.evaluate.metrics import is_json_container
 
 if TYPE_CHECKING:
     from luthier.evaluate.suites import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite, SuiteDefinition
@@ -166,6 +168,10 @@ class _Maker:
             asked.references is not None and not references
         ):
             raise ValueError(f"has the references {references!r}; needed are one or more texts, none of them empty")
+        if asked.score == "number" and (words := [each for each in references if number_in(each) is None]):
+            raise ValueError(f"has the reference {words[0]!r}, in which there is no number")
+        if asked.score == "json-fields" and not is_json_container(references[0]):
+            raise ValueError(f"has the reference {references[0][:60]!r}, which is no JSON object or array")
         return GenerateItem(*common, self._text("prompt", asked.prompt, row), tuple(references), read_checks(checks))
 
     def _rolling(self, asked: "RollingSuite", row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:

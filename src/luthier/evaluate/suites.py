@@ -247,11 +247,12 @@ TYPES: dict[str, type[SuiteDefinition]] = {one.model_fields["type"].default: one
 
 @dataclass(frozen=True)
 class Suite:
-    """A definition with its rows. `data_digest` is the sha256 of the bytes the rows came from."""
+    """A definition with its rows. `data_digest` is the sha256 of the bytes the rows came from; `notes` tell what was left out."""
 
     definition: SuiteDefinition
     rows: Sequence[Mapping[str, Any]]
     data_digest: str
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -273,7 +274,7 @@ class Suite:
         """Return the same suite with so many items at most: another suite, with another digest."""
         if self.definition.limit is not None and self.definition.limit <= limit:
             return self
-        return Suite(self.definition.changed(limit=limit), self.rows, self.data_digest)
+        return Suite(self.definition.changed(limit=limit), self.rows, self.data_digest, self.notes)
 
 
 def load_suite(path: str | Path) -> Suite:

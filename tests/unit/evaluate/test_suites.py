@@ -3,12 +3,15 @@
 import hashlib
 import json
 import random
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from luthier.core.errors import ConfigError, DataError
+from luthier.evaluate.checks import CHECKS
 from luthier.evaluate.items import ChoiceItem, GenerateItem, PairItem, RollingItem
+from luthier.evaluate.public import PUBLIC
 from luthier.evaluate.suites import define, load_suite
 
 PAIRS = {"name": "pairs-1", "kind": "capability", "type": "pairs", "data": "rows.jsonl", "good": "{{ good }}", "bad": "{{ bad }}"}
@@ -181,3 +184,11 @@ def test_the_digest_names_definition_and_bytes_but_not_the_place(tmp_path):
     assert len(digests) == 6 and first.digest in digests
     assert first.limited(5).digest == load_suite(suite_file(tmp_path, {**PAIRS, "limit": 5}, ROWS)).digest
     assert first.limited(5).limited(6).digest == first.limited(5).digest
+
+
+def test_the_page_on_suites_shows_files_that_are_accepted_and_every_check(root):
+    page = (root / "docs/evaluation.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```toml\n")[1:]]
+    assert {define(tomllib.loads(block)).type for block in blocks} == {"choice", "pairs", "generate", "rolling"}
+    assert not [name for name in CHECKS if f"`{name}`" not in page]
+    assert not [name for name in PUBLIC if f"`{name}`" not in page]
