@@ -10,7 +10,7 @@ ITEMS_SHOWN = 5
 def contamination(
     train: str = typer.Option(..., "--train", "-d", help="Training rows: a file, or a Hub data set."),
     suite: list[str] = typer.Option(
-        ["general"], "--suite", help="'general', one of its parts, or a suite file; may be repeated."
+        ["general"], "--suite", help="general, a part of it, a suite file, or NAME=PATH of a public suite; repeatable."
     ),
     as_json: bool = JSON,
 ) -> None:

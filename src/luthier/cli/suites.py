@@ -29,9 +29,9 @@ def evaluate_suites(
     """Run the suites, show them side by side, and write each contestant's items to a file of its own."""
     from luthier.cli.evaluate import progress_bar
     from luthier.cli.loading import load
-    from luthier.evaluate.public import find_suite
+    from luthier.evaluate.shipped import find_suites
 
-    suites = [find_suite(each) for each in named]
+    suites = list(find_suites(named))
     if limit is not None:
         suites = [suite.limited(limit) for suite in suites]
     loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
