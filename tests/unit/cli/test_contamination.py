@@ -32,4 +32,4 @@ def test_an_unknown_suite_is_answered_with_those_there_are(luthier: Callable[...
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi!", "completion": "Ho!"}\n')
     said = luthier("contamination", "--train", "rows.jsonl", "--suite", "genral")
     assert said.status == 2
-    assert "Did you mean 'general'?" in said.err
+    assert "Did you mean 'general'" in said.err

@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_rows() -> None:
             tracemalloc.stop()
 
     peak(10)
-    assert peak(2_000) - peak(200) < 20_000
+    assert peak(600) - peak(60) < 20_000
 
 
 def test_every_shipped_item_is_found_in_a_row_that_gives_it_away() -> None:
