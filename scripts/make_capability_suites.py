@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder to write to")
     out = parser.parse_args().out
     for make in (grammar, arithmetic, formats, facts):
-        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in make())
+        # By turns from each kind, so that the first so many rows (`--limit`) are a fair part of the whole.
+        items = sorted(make(), key=lambda item: str(item["id"]).rpartition("-")[2])
+        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         (out / f"{make.__name__}.jsonl").write_bytes("".join(lines).encode())
 
 

@@ -169,3 +169,10 @@ def test_neutral_texts_are_short_and_plain() -> None:
         assert 80 <= len(item.text.split()) <= 150
         assert item.text.isascii()
         assert item.text.endswith(".")
+
+
+@pytest.mark.parametrize("name", ["grammar", "arithmetic", "formats", "neutral"])
+def test_the_first_items_are_a_fair_part_of_the_whole(name: str) -> None:
+    items = shipped_suite(name).items
+    kinds = {item.slices for item in items}
+    assert {item.slices for item in items[: len(kinds)]} == kinds
