@@ -105,6 +105,14 @@ def test_plan_memory_runs_tiny(root: Path, folder: Path) -> None:
     assert all({"planned_gib", "peak_gib", "error"} <= set(each) for each in result.values())
 
 
+def test_capability_damage_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--suite", "grammar", "neutral", "--noise", "0.4", "--limit", "3")
+    result = result_of(root, folder, "capability_damage.py", *size)
+    assert {name: one["n"] for name, one in result.items()} == {"grammar": 3, "neutral": 3}
+    assert result["neutral"]["noise 0.4"]["mean"] != result["neutral"]["base"]["mean"]
+    assert {"lost", "won", "p_value"} <= set(result["grammar"]["noise 0.4"])
+
+
 @pytest.mark.slow
 def test_variants_run_tiny(root: Path, folder: Path) -> None:
     size = ("--steps", "4", "--held-out", "3", "--match", "2", "--seeds", "1")
