@@ -1,6 +1,6 @@
 """Does `luthier plan` know a run's peak memory before anything is loaded?
 
-Ten named settings (method, length, rows, checkpointing, dtype, kernels) of the real small model: what the plan says from the
+Twelve named settings (method, length, rows, checkpointing, dtype, kernels) of the real small model: what the plan says from the
 configuration alone, and the most memory a process really had that trained so for a few steps. Every setting, and every plan, has
 a process of its own. The last line on stdout is one JSON document. `--only lora_short --steps 2` is the tiny run of the tests.
 """
