@@ -70,7 +70,7 @@ def promote(
     people, the gate and the base have against it, never damaged bytes, a hold or a retirement.
     Raises: RefusedError that lists every rule that is not met.
     """
-    damaged = _damaged(registry, version)
+    damaged = damaged_files(registry, version)
     with registry.database.writing() as session:
         serving_lock(session)
         chosen, place = find_version(session, version), find_surface(session, surface)
@@ -90,7 +90,7 @@ def findings_of(
     registry: Registry, version: str, surface: str, *, expected_current: str | None = ANY, keys: PublicKeys | None = None
 ) -> Findings:
     """Return what `promote` would refuse at this moment, and what it would warn of; changes nothing."""
-    damaged = _damaged(registry, version)
+    damaged = damaged_files(registry, version)
     with registry.database.reading() as session:
         chosen, place = find_version(session, version), find_surface(session, surface)
         stale = _of_the_moment(session, chosen, place, current_deployment(session, place), expected_current)
@@ -114,7 +114,7 @@ def rollback(
     with registry.database.reading() as session:
         place = find_surface(session, surface)
         planned = to or name_of(_predecessor(session, place))
-    damaged = _damaged(registry, planned)
+    damaged = damaged_files(registry, planned)
     with registry.database.writing() as session:
         serving_lock(session)
         place, chosen = find_surface(session, surface), find_version(session, planned)
@@ -183,11 +183,6 @@ def tell(
     announce(session, SURFACE_CHANGED, {"surface": surface.name, "manifest_digest": digest, **change})
     payload = {**change, "manifest_digest": digest, "forced": list(forced), "reason_digest": reason and text_digest(reason)}
     record(session, actor, action, f"surface/{surface.name}", payload)
-
-
-def _damaged(registry: Registry, version: str) -> list[str]:
-    with registry.database.reading() as session:
-        return damaged_files(registry, find_version(session, version))
 
 
 def _of_the_moment(
