@@ -17,6 +17,7 @@ from luthier.cli import (
     models,
     plan,
     quickstart,
+    registry,
     train,
     truncate,
 )
@@ -47,6 +48,7 @@ app.command("baseline")(baseline.baseline)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.add_typer(models.app, name="models")
+app.add_typer(registry.registry_app, name="registry")
 
 
 @app.callback(invoke_without_command=True)

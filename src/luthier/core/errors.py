@@ -14,7 +14,11 @@
     ├── DataError(ValueError)            a row or a data set cannot be used; names the row
     ├── CheckpointError(ValueError)      a run folder cannot be resumed
     ├── TrainingError(RuntimeError)      training went wrong: a loss that is not finite, no gradient
+    ├── RegistryError(ValueError)        the registry has no such thing, or cannot be opened
+    │   ├── RefusedError                 a rule of the registry says no: held, retired, frozen, blocked, no gate
+    │   └── BlobError                    stored bytes are missing, or are not those that were stored
     ├── StorageError(OSError)            the disk is full or refuses; what was there before is intact
+    ├── SignatureError(ValueError)       a signature is missing, does not fit, or is by nobody who is trusted
     └── MissingExtraError(ImportError)   an optional dependency is absent; says how to install it
 
 Each is also the standard-library error a caller would expect, so `except ValueError` works. A message says what was given,
@@ -85,12 +89,28 @@ class TrainingError(LuthierError, RuntimeError):
     """Training went wrong: a loss that is not finite, an adapter without a gradient."""
 
 
+class RegistryError(LuthierError, ValueError):
+    """The registry cannot be opened, or has no adapter, version, data set or surface of that name."""
+
+
+class RefusedError(RegistryError):
+    """A rule of the registry says no; the message says which one, and what would have to be true."""
+
+
+class BlobError(RegistryError):
+    """Stored bytes are missing, or are not the bytes that were stored."""
+
+
 class StorageError(LuthierError, OSError):
     """The disk is full or refuses; what was there before is intact."""
 
     def __str__(self) -> str:
         # Without OSError's "[Errno 39]", which is no word for people; `errno` is still there for programs.
         return f"{self.strerror}: {self.filename}" if self.strerror and self.filename else super().__str__()
+
+
+class SignatureError(LuthierError, ValueError):
+    """A signature or a key cannot be used: it does not fit, is by nobody who is trusted, or is no key at all."""
 
 
 class MissingExtraError(LuthierError, ImportError):

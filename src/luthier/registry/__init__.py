@@ -5,4 +5,25 @@ Imports no torch: adapters are files and records here, never tensors.
 
 from luthier.core.lazy import lazy_names
 
-__getattr__, __all__ = lazy_names(__name__, {})
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "Registry": "luthier.registry.place",
+        "add_surface": "luthier.registry.surfaces",
+        "approve": "luthier.registry.surfaces",
+        "hold": "luthier.registry.surfaces",
+        "in_production": "luthier.registry.production",
+        "migrate": "luthier.registry.migrations",
+        "open_registry": "luthier.registry.place",
+        "promote": "luthier.registry.promotion",
+        "record_eval": "luthier.registry.decisions",
+        "record_gate": "luthier.registry.decisions",
+        "release": "luthier.registry.surfaces",
+        "retire": "luthier.registry.retirement",
+        "rollback": "luthier.registry.promotion",
+        "route": "luthier.registry.experiments",
+        "start_experiment": "luthier.registry.experiments",
+        "stop_experiment": "luthier.registry.experiments",
+        "undeploy": "luthier.registry.retirement",
+    },
+)
