@@ -117,15 +117,6 @@ def data_seen(session: Session, version_id: int) -> list[FoundData]:
     return _data(session, _walk(read, DatasetParent.child_id, DatasetParent.parent_id))
 
 
-def in_production(session: Session, audience: Audience | None = None) -> list[Found]:
-    """Return every version that a surface (of this audience) serves now with a weight above nothing."""
-    open_now = (
-        select(Deployment.version_id.label("id")).join(Surface).where(Deployment.ended_at.is_(None), Deployment.weight_bp > 0)
-    )
-    chosen = open_now if audience is None else open_now.where(Surface.audience == audience)
-    return _versions(session, chosen, set())
-
-
 def _walk(start: Select[Any], here: Any, there: Any) -> CTE:
     """The ids of `start` and all that is reached from them by the edges `here` -> `there` of one table."""
     seen = start.with_only_columns(start.selected_columns[0].label("id")).cte(recursive=True)
