@@ -53,12 +53,21 @@ def fill(database: Database, versions: int) -> None:
     draw = random.Random(0)
     data, adapters, people = max(versions // 10, LINE), max(versions // 20, 1), versions * 20
     plain: dict[str, Any] = {"recipe": {"r": 8}, "metrics": {"loss": 1.0}, "environment": {}, "target_modules": ["q_proj"]}
-    sizes = {"rank": 8, "alpha": 16.0, "num_parameters": 1, "size_bytes": 1, "peft_type": "LORA", "lineage_digest": "l"}
-    surfaces = [{"id": i, "name": f"s{i}", "audience": list(Audience)[i % 3], "owner": "o", "rules": {}} for i in range(1, 31)]
+    sizes = {
+        "rank": 8,
+        "alpha": 16.0,
+        "num_parameters": 1,
+        "size_bytes": 1,
+        "peft_type": "LORA",
+        "lineage_digest": "l",
+        "created_by": "o",
+    }
+    audiences = list(Audience)
+    surfaces = [{"id": i, "name": f"s{i}", "audience": audiences[i % 3], "owner": "o", "rules": {}} for i in range(1, 31)]
     rows: dict[Any, list[dict[str, Any]]] = {
         Adapter: [{"id": i, "name": f"adapter-{i:05d}", "owner": "o", "created_by": "o"} for i in range(1, adapters + 1)],
         AdapterVersion: [
-            {"id": i, "adapter_id": i % adapters + 1, "version": i, "manifest_digest": f"{i:064d}", "created_by": "o"} | plain | sizes
+            {"id": i, "adapter_id": i % adapters + 1, "version": i, "manifest_digest": f"{i:064d}"} | plain | sizes
             for i in range(1, versions + 1)
         ],
         AdapterParent: [
@@ -74,7 +83,7 @@ def fill(database: Database, versions: int) -> None:
         ],
         Surface: surfaces,
         Deployment: [
-            {"version_id": i, "surface_id": i % 30 + 1, "started_by": "o", "ended_at": None if i % 10 == 0 else now()}
+            {"version_id": i, "surface_id": i % 30 + 1, "started_by": "o", "ended_at": None if i % 10 == 1 else now()}
             for i in range(1, versions + 1, 2)
         ],
     }  # fmt: skip
@@ -114,13 +123,15 @@ def measure(registry: Registry, versions: int, repeats: int) -> dict[str, dict[s
     for name, calls in questions(versions, repeats).items():
         with registry.database.reading() as session:
             calls[0](session)  # what SQLAlchemy compiles once
-            times, sizes = [], []
+            times, cpu, sizes = [], [], []
             for call in calls:
-                began = time.perf_counter()
+                began, cpu_began = time.perf_counter(), time.process_time()
                 sizes.append(call(session))
                 times.append((time.perf_counter() - began) * 1000)
+                cpu.append((time.process_time() - cpu_began) * 1000)
         scans = whole_scans(registry.database, calls[0]) if registry.database.is_sqlite else None
-        found[name] = {"ms": statistics.median(times), "worst_ms": max(times), "rows": statistics.mean(sizes), "scans": scans}
+        middle = {"ms": statistics.median(times), "cpu_ms": statistics.median(cpu), "rows": statistics.mean(sizes)}
+        found[name] = middle | {"worst_ms": max(times), "scans": scans}
     return found
 
 
@@ -149,12 +160,14 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    console = Console(stderr=True, width=130)
+    console = Console(stderr=True, width=150)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("sqlite", "postgresql") if arguments.postgres else ("sqlite",):
             for versions in (arguments.versions // 10, arguments.versions):
-                place = str(Path(folder) / f"{versions}") if kind == "sqlite" else f"{arguments.postgres}?blobs={folder}/blobs"
+                url = str(arguments.postgres)
+                shared = f"{url}{'&' if '?' in url else '?'}blobs={folder}/blobs"
+                place = str(Path(folder) / f"{versions}") if kind == "sqlite" else shared
                 registry = open_registry(place, create=True)
                 try:
                     fill(registry.database, versions)
@@ -164,13 +177,14 @@ def main() -> None:
                         _drop_all(registry.database)
                     registry.database.engine.dispose()
     for kind, by_size in result.items():
-        small, large = by_size.values()
-        table = Table(kind, *(f"{size} versions, ms" for size in by_size), "worst", "rows", "rows", "ms per row", "whole scans")
-        for name, one in large.items():
-            before = small[name]
-            cells = [f"{before['ms']:.1f}", f"{one['ms']:.1f}", f"{one['worst_ms']:.1f}", f"{before['rows']:.0f}"]
-            per_row = f"{one['ms'] / max(one['rows'], 1):.2f}"
-            table.add_row(name, *cells, f"{one['rows']:.0f}", per_row, ", ".join(one["scans"] or []))
+        table = Table(kind, *(f"{size}: {what}" for size in by_size for what in ("rows", "ms", "cpu ms", "worst")), "whole scans")
+        for name, one in list(by_size.values())[-1].items():
+            cells = [
+                f"{size[name]['rows']:.0f}" if what == "rows" else f"{size[name][what]:.1f}"
+                for size in by_size.values()
+                for what in ("rows", "ms", "cpu_ms", "worst_ms")
+            ]
+            table.add_row(name, *cells, ", ".join(one["scans"] or []))
         console.print(table)
     print(json.dumps(result))
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from luthier.cli import registry_add, registry_look, registry_store
+from luthier.cli import registry_add, registry_data, registry_erase, registry_lineage, registry_look, registry_store
 
 registry_app = typer.Typer(
     help="Versions of adapters: where they came from, who owns them, whether their bytes are sound.",
@@ -16,3 +16,7 @@ registry_app.command("search")(registry_look.search)
 registry_app.command("verify")(registry_store.verify)
 registry_app.command("gc")(registry_store.gc)
 registry_app.command("doctor")(registry_store.doctor)
+registry_app.add_typer(registry_data.data_app, name="data")
+registry_app.command("trained-on")(registry_lineage.trained_on)
+registry_app.command("lineage")(registry_lineage.lineage)
+registry_app.add_typer(registry_erase.erase_app, name="erase")

@@ -117,6 +117,8 @@ def register(
     _check_name(name)
     found = examine(Path(folder))
     fingerprint = _fingerprint(found, base)
+    with registry.database.reading() as session:
+        _refuse_erased(session, found)
     for attempt in range(ATTEMPTS):
         _store(registry, found)
         try:
@@ -259,17 +261,30 @@ def _no_data(found: Intake) -> str:
 # --- what speaks against it --------------------------------------------------------------------------------------
 
 
+def _refuse_erased(session: Session, found: Intake) -> None:
+    """Raise RefusedError for files that were erased, before any byte of them is stored again."""
+    if faults := _erased(session, _file_digests(found)):
+        raise RefusedError(f"{found.folder} was not registered:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _erased(session: Session, digests: dict[str, str]) -> list[str]:
+    blocked = session.scalars(select(Blocked.digest).where(Blocked.digest.in_(digests)))
+    return [f"{digests[digest]} erased and may not come back ({digest[:16]})" for digest in blocked]
+
+
+def _file_digests(found: Intake) -> dict[str, str]:
+    return {found.manifest_digest: "these files were", **{file.sha256: f"{file.path} was" for file in found.files}}
+
+
 def _refuse(session: Session, found: Intake, lineage: _Lineage) -> None:
     """Raise RefusedError for bytes, data or parents that are erased, frozen or held; all of them listed.
 
     The rows of the data stay locked until the transaction ends: a freeze that comes now waits, and then finds this version.
     """
-    digests = {found.manifest_digest: "these files were", **{file.sha256: f"{file.path} was" for file in found.files}}
-    digests |= {version.digest: "data of this digest was" for version in lineage.data.values()}
+    digests = _file_digests(found) | {version.digest: "data of this digest was" for version in lineage.data.values()}
     if isinstance(digest := (found.note.get("recipe") or {}).get("data_digest"), str):
         digests[digest] = "the data that its recipe names was"
-    blocked = session.scalars(select(Blocked.digest).where(Blocked.digest.in_(digests)))
-    faults = [f"{digests[digest]} erased and may not come back ({digest[:16]})" for digest in blocked]
+    faults = _erased(session, digests)
     for parent in lineage.parents.values():
         if parent.lifecycle is Lifecycle.ERASED:
             faults.append(f"its parent {name_of(parent)} is erased")
