@@ -55,6 +55,29 @@ def dry_run(
     console.print(f"{len(found.blobs):,} files in the store, {found.num_subject_rows:,} rows of the index of people")
 
 
+@erase_app.command("note")
+def note(
+    name: str = typer.Argument(metavar="NAME:VERSION", help="A version of an adapter, or of a data set with --data."),
+    location: str = typer.Argument(help="Where a copy of it lies: a folder, a file, or a URL."),
+    kind: str = typer.Option(..., help="run, cache, tracker, export, merged or data."),
+    data: bool = typer.Option(False, "--data", help="It is a data set."),
+    registry: str | None = REGISTRY,
+) -> None:
+    """Note a copy outside of the registry, so that an erasure finds it."""
+    from luthier.registry.copies import KINDS, note_copy
+    from luthier.registry.datasets import find_version as find_data
+    from luthier.registry.versions import find_version
+
+    if kind not in KINDS:
+        raise ConfigError(f"--kind is {kind!r}; needed one of {', '.join(KINDS)}")
+    place = str(Path(location).absolute()) if "://" not in location else location
+    with opened(registry).database.writing() as session:
+        if data:
+            note_copy(session, kind, place, data_id=find_data(session, name).id)
+        else:
+            note_copy(session, kind, place, version_id=find_version(session, name).id)
+
+
 @erase_app.command("start")
 def begin(
     dataset: str | None = DATASET,

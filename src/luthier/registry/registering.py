@@ -24,6 +24,7 @@ from luthier.formats.fingerprint import Fingerprint, Verdict, compare
 from luthier.formats.note import TENSOR_FILE
 from luthier.registry import audit
 from luthier.registry.columns import DataState, Lifecycle, now
+from luthier.registry.copies import note_copy, run_of
 from luthier.registry.database import add_if_absent, take_lock
 from luthier.registry.intake import Intake, examine
 from luthier.registry.keeping import BlobVanishedError, keep_blob
@@ -129,6 +130,7 @@ def register(
                     raise RegistryError(_no_data(found))
                 _refuse(session, found, lineage)
                 if there := _known(session, found, lineage, name):
+                    note_copy(session, "run", run_of(found.folder), version_id=there.id)
                     return Registered(name, there.version, found.manifest_digest, is_new=False)
                 adapter = _adapter(session, name, owner, tenant, actor)
                 version = AdapterVersion(
@@ -146,6 +148,7 @@ def register(
                 )
                 adapter.next_version += 1
                 _write(session, registry, version, found, lineage)
+                note_copy(session, "run", run_of(found.folder), version_id=version.id)
                 reference = Registered(name, version.version, found.manifest_digest, is_new=True)
                 told = {"manifest": found.manifest_digest, "lineage": version.lineage_digest} | lineage.told()
                 session.add(Outbox(event="version.registered", payload={"name": name, "version": version.version} | told))

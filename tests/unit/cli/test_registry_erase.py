@@ -60,8 +60,15 @@ def test_questions_find_the_version_that_learned(registry: Luthier) -> None:
 
 def test_an_erasure_from_plan_to_checked_certificate(registry: Luthier, tmp_path: Path) -> None:
     make_key(tmp_path / "keys" / "ann.pem")
+    (tmp_path / "packed").mkdir()
+    assert registry("erase", "note", "orders:1", tmp_path / "packed", "--kind", "cache", "--data").status == 0
+    assert registry("erase", "note", "shop:1", "https://tracker.example/7", "--kind", "tracker").status == 0
+    assert registry("erase", "note", "shop:1", "here", "--kind", "x").status == 2
     planned = registry("erase", "plan", "orders:1", "--json")[1]
     assert [one["name"] for one in planned["versions"]] == ["shop"]
+    copies = {one["location"]: one["can_be_deleted"] for one in planned["copies"]}
+    here = [str(tmp_path / name) for name in ("adapter", "packed", "rows.jsonl")]
+    assert copies == dict.fromkeys(here, True) | {"https://tracker.example/7": False}
     status, started = registry("erase", "start", "orders:1", "--reference", "T-17", "--due", "2026-12-24", "--json")
     assert (status, started["number"], started["state"]) == (0, 1, "planned")
     assert "held" in registry("trained-on", "orders").out
@@ -75,7 +82,9 @@ def test_an_erasure_from_plan_to_checked_certificate(registry: Luthier, tmp_path
     assert signed.status == 0, signed.err
     status, told = registry("erase", "verify-certificate", file, "--trust", tmp_path / "keys", "--json")
     assert (status, told["faults"], told["certificate"]["reference"]) == (0, [], "T-17")
-    assert not (tmp_path / "rows.jsonl").exists()
+    assert not any(Path(one).exists() for one in here)
+    assert "https://tracker.example/7" in [one["what"] for one in told["certificate"]["not_deleted"]]
+    save_adapter_folder(tmp_path / "adapter", 1, base=base_fingerprint())
     assert "certified" in registry("erase", "status").out
     again = registry("add", tmp_path / "adapter", "--name", "shop", "--no-data", "forgotten")
     assert again.status == 1 and "erased and may not come back" in again.err
