@@ -3,7 +3,7 @@
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -30,6 +30,7 @@ SUBJECT_KEY = typer.Option(
 def add(
     name: str = typer.Argument(help="The data set; a new content becomes its next version."),
     source: str = typer.Argument(help="A file of rows (JSONL, JSON, Parquet), a folder, or a Hub data set."),
+    held_out: Path | None = typer.Option(None, help="The file of a run's data.eval_path: it records one digest for both."),
     owner: str | None = typer.Option(None, help="Who answers for it; needed where the data set is new."),
     license: str | None = typer.Option(None, help="Its licence."),
     legal_basis: str | None = typer.Option(None, help="Why people's data may be used: consent, contract, legitimate interest."),
@@ -53,7 +54,8 @@ def add(
     column = SubjectColumn(subjects, make_key(key_path(subject_key))) if subjects else None
     parents = [_parent(one) for one in parent]
     database = opened(registry, create=True).database
-    added = add_data(database, name, source, terms, actor=caller(actor), parents=parents, subjects=column)
+    how: dict[str, Any] = {"parents": parents, "subjects": column, "held_out": held_out}
+    added = add_data(database, name, source, terms, actor=caller(actor), **how)
     rows = "" if added.num_rows is None else f", {added.num_rows:,} rows"
     people = f" of {added.num_subjects:,} people" if subjects else ""
     console.print(f"{added.name}:{added.version} {'added' if added.is_new else 'was there'}{rows}{people}; digest {added.digest}")

@@ -25,7 +25,7 @@ from luthier.data.read import digest_rows, read_rows, stream_rows
 from luthier.registry import audit
 from luthier.registry.columns import DataState
 from luthier.registry.copies import note_copy
-from luthier.registry.database import Database
+from luthier.registry.database import Database, take_lock
 from luthier.registry.people import SubjectColumn, SubjectKey
 from luthier.registry.schema import (
     AuditEvent,
@@ -77,16 +77,22 @@ def add_data(
     actor: str,
     parents: Sequence[tuple[str, str]] = (),
     subjects: SubjectColumn | None = None,
+    held_out: str | Path | None = None,
 ) -> AddedData:
     """Add a content as a data set's next version; what the data set holds already is found again.
 
-    `source` is a file of rows, a folder, or a Hub data set; `parents` are pairs of NAME:VERSION and what was done to it
-    ("filtered", "mixed").
+    `source` is a file of rows, a folder, or a Hub data set; `held_out` the file of a run's `data.eval_path`: such a run records
+    one digest for both. `parents` are pairs of NAME:VERSION and what was done to it ("filtered", "mixed").
     Raises: DataError for rows that cannot be read, RegistryError for a parent that does not exist, RefusedError for content
     that was erased, that holds a person who was, or that was made of data that is frozen or erased.
     """
     digest, num_rows, people = _read(source, subjects)
+    if held_out is not None:
+        digest_2, num_rows_2, people_2 = _read(held_out, subjects)
+        digest, people = hashlib.sha256((digest + digest_2).encode()).hexdigest(), people | people_2
+        num_rows = (num_rows or 0) + (num_rows_2 or 0)
     with database.writing() as session:
+        take_lock(session, "register")  # a freeze that comes now waits, and then finds this
         made_of = {find_version(session, named).id: transform for named, transform in parents}
         _refuse_erased(session, digest, people, list(made_of))
         dataset = _dataset(session, name, terms)
@@ -105,8 +111,8 @@ def add_data(
                 f"{name_of(version)} has this content already, with other parents; what it was made of cannot change. "
                 "Add it under another name, or leave the parents out."
             )
-        else:
-            _note_copy(session, version, source)
+        for place in filter(None, (source, held_out)):
+            _note_copy(session, version, place)
         payload = {"digest": digest, "is_new": is_new, "parents": sorted(made_of)}
         events = [("data.add", payload)]
         if subjects:
@@ -123,6 +129,7 @@ def add_subjects(database: Database, named: str, source: str | Path, column: Sub
     """
     digest, _, people = _read(source, column)
     with database.writing() as session:
+        take_lock(session, "register")
         version = find_version(session, named)
         if digest != version.digest:
             raise DataError(

@@ -51,6 +51,16 @@ def test_digest_is_the_one_a_training_run_records(database, tmp_path):
     assert (added.version, added.num_rows, added.is_new) == (1, 13, True)
 
 
+def test_rows_and_held_out_rows_have_the_one_digest_of_their_run(database, tmp_path):
+    train, held_out = write_rows(tmp_path / "train.jsonl"), write_rows(tmp_path / "held.jsonl", ROWS[:3])
+    told = [read_rows(path).digest for path in (train, held_out)]
+    added = add_data(database, "orders", train, Terms(owner="ana"), actor="ana", held_out=held_out)
+    assert added.digest == hashlib.sha256("".join(told).encode()).hexdigest() and added.num_rows == 16
+    with database.reading() as session:
+        (shown,) = show_data(session, "orders")
+    assert [one["location"] for one in shown["copies"]] == [str(held_out)]
+
+
 def test_parquet_and_lines_of_the_same_rows_are_one_content(database, tmp_path):
     import pyarrow
     from pyarrow import parquet
