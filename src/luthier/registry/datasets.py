@@ -111,7 +111,7 @@ def add_data(
                 f"{name_of(version)} has this content already, with other parents; what it was made of cannot change. "
                 "Add it under another name, or leave the parents out."
             )
-        for place in filter(None, (source, held_out)):
+        for place in (source, held_out or source):
             _note_copy(session, version, place)
         payload = {"digest": digest, "is_new": is_new, "parents": sorted(made_of)}
         events = [("data.add", payload)]
