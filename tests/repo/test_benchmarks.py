@@ -150,6 +150,14 @@ def test_variants_do_not_mix_runs_of_other_arguments(root: Path, folder: Path) -
     assert (folder / "runs.jsonl").read_bytes() == before
 
 
+def test_registry_questions_run_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "registry_questions.py", "--versions", "200", "--repeats", "2")
+    assert set(result["sqlite"]) == {"20", "200"}
+    for one in result["sqlite"]["200"].values():
+        assert one["ms"] > 0 and one["scans"] == []
+    assert result["sqlite"]["200"]["trained on a person's rows"]["rows"] > 0
+
+
 @pytest.mark.slow
 def test_registry_promotions_runs_tiny(root: Path, folder: Path) -> None:
     result = result_of(root, folder, "registry_promotions.py", "--kills", "12", "--longest", "0.2")

@@ -4,7 +4,10 @@ import typer
 
 from luthier.cli import (
     registry_add,
+    registry_data,
+    registry_erase,
     registry_experiments,
+    registry_lineage,
     registry_look,
     registry_record,
     registry_serving,
@@ -24,6 +27,10 @@ registry_app.command("search")(registry_look.search)
 registry_app.command("verify")(registry_store.verify)
 registry_app.command("gc")(registry_store.gc)
 registry_app.command("doctor")(registry_store.doctor)
+registry_app.add_typer(registry_data.data_app, name="data")
+registry_app.command("trained-on")(registry_lineage.trained_on)
+registry_app.command("lineage")(registry_lineage.lineage)
+registry_app.add_typer(registry_erase.erase_app, name="erase")
 registry_app.add_typer(registry_surfaces.surface_app, name="surface")
 registry_app.command("gate")(registry_serving.gate)
 registry_app.command("scores")(registry_serving.scores)

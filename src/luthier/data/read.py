@@ -11,11 +11,11 @@ NaN, a key given twice and half a surrogate pair are faults, and the error names
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def read_rows(source: str | Path, *, split: str | None = None, limit: int | None
     if is_file or not hub:
         if split is not None:
             raise ConfigError(f"split={split!r} has no effect on the file '{path}': only Hub data sets have splits.")
-        name, rows = path.name, _read_file(path, limit)
+        name, rows = path.name, list(_stream_file(path, limit))
     else:
         if split and hub["split"] and split != hub["split"]:
             raise ConfigError(f"Two splits are given, '{hub['split']}' in '{source}' and split={split!r}. Give one.")
@@ -68,29 +68,22 @@ def read_rows(source: str | Path, *, split: str | None = None, limit: int | None
         rows = _read_hub(hub["repo"], hub["config"], chosen, limit)
     if not rows:
         raise DataError(f"'{source}' holds no rows.")
-    return RowSet(rows, name, _digest(rows, str(source)))
+    return RowSet(rows, name, digest_rows(rows, str(source)))
 
 
 def stream_rows(source: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `source` one after another. Of a JSON Lines or Parquet file only a few are in memory at a time.
+    """Yield the rows of `source` one by one, as strictly as `read_rows`; faults of single rows come after the last.
 
-    Raises: what `read_rows` raises. Faults of single lines come after the last row, all at once.
+    JSON Lines and Parquet never stand in memory whole. Raises: what `read_rows` raises.
     """
-    path = Path(source)
-    if path.is_file() and path.suffix in LINES:
-        rows = _lines(path, None)
-    elif path.is_file() and path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    else:
-        rows = iter(read_rows(source).rows)
-    row = None
-    for row in rows:
+    path, row = Path(source), None
+    for row in _stream_file(path, None) if path.is_file() else iter(read_rows(source).rows):
         yield row
     if row is None:
         raise DataError(f"'{source}' holds no rows.")
 
 
-def _read_file(path: Path, limit: int | None) -> list[dict[str, Any]]:
+def _stream_file(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     if path.is_dir():
         raise DataError(f"'{path}' is a folder. Give one file of it ({', '.join(SUFFIXES)}).")
     if not path.is_file():
@@ -99,17 +92,16 @@ def _read_file(path: Path, limit: int | None) -> list[dict[str, Any]]:
         hint = f" Beside it: {', '.join(close)}." if close else ""
         raise DataError(f"There is no file '{path}'.{hint} A Hub data set is written org/name or org/name:split.")
     if path.suffix in LINES:
-        return list(_lines(path, limit))
+        return _stream_lines(path, limit)
     if path.suffix == ".json":
-        return _read_list(path, limit)
+        return iter(_read_list(path, limit))
     if path.suffix == ".parquet":
-        return list(islice(_parquet_rows(path), limit))
+        return _stream_parquet(path, limit)
     raise DataError(f"'{path.name}' is of no known kind; needed is one of {', '.join(SUFFIXES)}.")
 
 
-def _lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows, and raise what is wrong with some of them after the last."""
-    given, faults = 0, RowFaults()
+def _stream_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    num_rows, faults = 0, RowFaults()
     with path.open("rb") as lines:
         # Iterating over bytes splits at \n only. str.splitlines would also split inside a JSON string, at U+2028 and others.
         for number, line in enumerate(lines, start=1):
@@ -123,8 +115,8 @@ def _lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
                 faults.add(f"line {number}", str(fault))
                 continue
             yield row
-            given += 1
-            if given == limit:
+            num_rows += 1
+            if num_rows == limit:
                 break
     faults.raise_if_any(f"'{path.name}' is not valid JSON Lines", "Each line must be one JSON object.")
 
@@ -147,7 +139,7 @@ def _read_list(path: Path, limit: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _stream_parquet(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -155,8 +147,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise MissingExtraError("pyarrow", "data", "Reading Parquet") from None
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
+            batches = (batch.to_pylist() for batch in file.iter_batches())
+            yield from itertools.islice(itertools.chain.from_iterable(batches), limit)
     except pyarrow.ArrowException as fault:
         raise DataError(f"'{path.name}' cannot be read as Parquet: {fault}") from fault
 
@@ -224,7 +216,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _digest(rows: Iterable[dict[str, Any]], source: str) -> str:
+def digest_rows(rows: Iterable[dict[str, Any]], source: str) -> str:
+    """Return the sha256 of rows as JSON that `RowSet.digest` and a run's record hold; `source` names them in errors."""
     sha = hashlib.sha256()
     for line in _json_lines(rows, source):
         sha.update(line.encode())

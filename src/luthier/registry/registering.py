@@ -24,6 +24,7 @@ from luthier.formats.fingerprint import Fingerprint, Verdict, compare
 from luthier.formats.note import TENSOR_FILE
 from luthier.registry import audit
 from luthier.registry.columns import DataState, Lifecycle, now
+from luthier.registry.copies import note_copy, run_of
 from luthier.registry.database import add_if_absent, take_lock
 from luthier.registry.intake import Intake, examine
 from luthier.registry.keeping import BlobVanishedError, keep_blob
@@ -117,6 +118,8 @@ def register(
     _check_name(name)
     found = examine(Path(folder))
     fingerprint = _fingerprint(found, base)
+    with registry.database.reading() as session:
+        _refuse_erased(session, found)
     for attempt in range(ATTEMPTS):
         _store(registry, found)
         try:
@@ -127,6 +130,7 @@ def register(
                     raise RegistryError(_no_data(found))
                 _refuse(session, found, lineage)
                 if there := _known(session, found, lineage, name):
+                    note_copy(session, "run", run_of(found.folder), version_id=there.id)
                     return Registered(name, there.version, found.manifest_digest, is_new=False)
                 adapter = _adapter(session, name, owner, tenant, actor)
                 version = AdapterVersion(
@@ -144,6 +148,7 @@ def register(
                 )
                 adapter.next_version += 1
                 _write(session, registry, version, found, lineage)
+                note_copy(session, "run", run_of(found.folder), version_id=version.id)
                 reference = Registered(name, version.version, found.manifest_digest, is_new=True)
                 told = {"manifest": found.manifest_digest, "lineage": version.lineage_digest} | lineage.told()
                 session.add(Outbox(event="version.registered", payload={"name": name, "version": version.version} | told))
@@ -259,17 +264,30 @@ def _no_data(found: Intake) -> str:
 # --- what speaks against it --------------------------------------------------------------------------------------
 
 
+def _refuse_erased(session: Session, found: Intake) -> None:
+    """Raise RefusedError for files that were erased, before any byte of them is stored again."""
+    if faults := _erased(session, _file_digests(found)):
+        raise RefusedError(f"{found.folder} was not registered:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _erased(session: Session, digests: dict[str, str]) -> list[str]:
+    blocked = session.scalars(select(Blocked.digest).where(Blocked.digest.in_(digests)))
+    return [f"{digests[digest]} erased and may not come back ({digest[:16]})" for digest in blocked]
+
+
+def _file_digests(found: Intake) -> dict[str, str]:
+    return {found.manifest_digest: "these files were", **{file.sha256: f"{file.path} was" for file in found.files}}
+
+
 def _refuse(session: Session, found: Intake, lineage: _Lineage) -> None:
     """Raise RefusedError for bytes, data or parents that are erased, frozen or held; all of them listed.
 
     The rows of the data stay locked until the transaction ends: a freeze that comes now waits, and then finds this version.
     """
-    digests = {found.manifest_digest: "these files were", **{file.sha256: f"{file.path} was" for file in found.files}}
-    digests |= {version.digest: "data of this digest was" for version in lineage.data.values()}
+    digests = _file_digests(found) | {version.digest: "data of this digest was" for version in lineage.data.values()}
     if isinstance(digest := (found.note.get("recipe") or {}).get("data_digest"), str):
         digests[digest] = "the data that its recipe names was"
-    blocked = session.scalars(select(Blocked.digest).where(Blocked.digest.in_(digests)))
-    faults = [f"{digests[digest]} erased and may not come back ({digest[:16]})" for digest in blocked]
+    faults = _erased(session, digests)
     for parent in lineage.parents.values():
         if parent.lifecycle is Lifecycle.ERASED:
             faults.append(f"its parent {name_of(parent)} is erased")

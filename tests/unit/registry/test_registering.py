@@ -101,6 +101,7 @@ def test_numbers_only_grow(any_registry: Registry, tmp_path: Path) -> None:
     assert [add(1), add(2)] == [1, 2]
     with any_registry.database.writing() as session:  # the newest one disappears, as an operator might do by hand
         session.execute(delete(schema.AdapterFile).filter_by(version_id=2))
+        session.execute(delete(schema.CopyElsewhere).filter_by(version_id=2))
         session.execute(delete(schema.AdapterVersion).filter_by(id=2))
     assert add(3) == 3
 
