@@ -38,7 +38,13 @@ def base(tiny_llama, tiny_tokenizer, tmp_path_factory) -> Path:
 
 def _other(tiny_llama, tiny_tokenizer, seed: int) -> nn.Module:
     model = tiny_llama(
-        layers=8, hidden=128, intermediate_size=192, vocab=len(tiny_tokenizer), dtype=torch.bfloat16, seed=seed, attention_bias=True
+        layers=8,
+        hidden=128,
+        intermediate_size=192,
+        vocab=len(tiny_tokenizer),
+        dtype=torch.bfloat16,
+        seed=seed,
+        attention_bias=True,
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
