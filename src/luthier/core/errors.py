@@ -14,6 +14,9 @@
     ├── DataError(ValueError)            a row or a data set cannot be used; names the row
     ├── CheckpointError(ValueError)      a run folder cannot be resumed
     ├── TrainingError(RuntimeError)      training went wrong: a loss that is not finite, no gradient
+    ├── RegistryError(ValueError)        the registry has no such thing, or cannot be opened
+    │   ├── RefusedError                 a rule of the registry says no: held, retired, frozen, blocked, no gate
+    │   └── BlobError                    stored bytes are missing, or are not those that were stored
     ├── StorageError(OSError)            the disk is full or refuses; what was there before is intact
     └── MissingExtraError(ImportError)   an optional dependency is absent; says how to install it
 
@@ -83,6 +86,18 @@ class CheckpointError(LuthierError, ValueError):
 
 class TrainingError(LuthierError, RuntimeError):
     """Training went wrong: a loss that is not finite, an adapter without a gradient."""
+
+
+class RegistryError(LuthierError, ValueError):
+    """The registry cannot be opened, or has no adapter, version, data set or surface of that name."""
+
+
+class RefusedError(RegistryError):
+    """A rule of the registry says no; the message says which one, and what would have to be true."""
+
+
+class BlobError(RegistryError):
+    """Stored bytes are missing, or are not the bytes that were stored."""
 
 
 class StorageError(LuthierError, OSError):

@@ -5,4 +5,11 @@ Imports no torch: adapters are files and records here, never tensors.
 
 from luthier.core.lazy import lazy_names
 
-__getattr__, __all__ = lazy_names(__name__, {})
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "Registry": "luthier.registry.place",
+        "migrate": "luthier.registry.migrations",
+        "open_registry": "luthier.registry.place",
+    },
+)

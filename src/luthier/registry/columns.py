@@ -83,8 +83,11 @@ def now() -> datetime:
 
 
 def _named(kind: type[enum.StrEnum]) -> Enum:
-    # Stored as text with a check: a native enum type of PostgreSQL cannot lose a value again.
-    return Enum(kind, native_enum=False, length=32, values_callable=lambda members: [member.value for member in members])
+    # Stored as text: a native enum type of PostgreSQL cannot lose a value again, a check of SQLite only by copying the table.
+    def words(members: Any) -> list[str]:
+        return [member.value for member in members]
+
+    return Enum(kind, native_enum=False, length=32, validate_strings=True, values_callable=words)
 
 
 class Row(DeclarativeBase):

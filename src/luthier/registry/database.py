@@ -3,18 +3,23 @@
 SQLite's own transactions lose writers: of 240 inserts that 6 processes made by reading the highest number first, 70 to 140
 failed, even with a busy timeout. In WAL mode with BEGIN IMMEDIATE for whoever writes, none did. So there are two ways in:
 `reading` never blocks and never locks, `writing` takes the one write lock first. On PostgreSQL both are ordinary transactions,
-and whoever takes a number locks the row that holds it.
+and whoever takes a number locks the row that holds it. What has no row to lock (the end of the audit chain, the schema, the
+store of blobs against its sweeper) has a lock of its own: `take_lock`.
 """
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
+
+from luthier.core.errors import MissingExtraError, RegistryError
 
 BUSY_SECONDS = 60.0
 
@@ -45,15 +50,42 @@ class Database:
 
 
 def open_database(url: str) -> Database:
-    """Return the database at an SQLAlchemy URL; tables are `migrate`'s job."""
-    parsed = make_url(url)
+    """Return the database at an SQLAlchemy URL; tables are `migrate`'s job.
+
+    Raises: RegistryError for a URL that is none of SQLite's or PostgreSQL's, MissingExtraError without PostgreSQL's driver.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise RegistryError(f"{url!r} is not a database URL; needed sqlite:///FILE or postgresql://USER@HOST/NAME") from error
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise RegistryError(f"{parsed.drivername} databases cannot hold a registry; needed sqlite:///FILE or postgresql://...")
     if parsed.get_backend_name() == "sqlite":
         engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
         event.listen(engine, "connect", _settle_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     else:
-        engine = create_engine(parsed, pool_pre_ping=True)
+        try:
+            engine = create_engine(parsed, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("psycopg", "postgres", "A registry on PostgreSQL") from error
     return Database(parsed, engine)
+
+
+def take_lock(session: Session, name: str, *, shared: bool = False) -> None:
+    """Hold the lock `name` until the writing session ends; several may hold a `shared` one, which keeps others out.
+
+    On SQLite a writing session has the whole database to itself already.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text(f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}(:key)"), {"key": lock_key(name)})
+
+
+def lock_key(name: str) -> int:
+    """Return the number under which PostgreSQL knows a lock."""
+    return int.from_bytes(hashlib.sha256(f"luthier {name}".encode()).digest()[:8], "big", signed=True)
 
 
 def _settle_sqlite(connection: Any, _record: Any) -> None:
