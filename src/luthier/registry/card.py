@@ -57,10 +57,10 @@ def _metadata(facts: Facts) -> dict[str, Any]:
             dataset_name=suite,
             metric_type=metric,
             metric_value=value,
-            **({"dataset_revision": digest} if digest else {}),
+            dataset_revision=digest,
         )
         for suite, digest, metrics in [
-            *(("held-out rows of the training run", "", facts.metrics),) * bool(facts.metrics),
+            *(("held-out rows of the training run", None, facts.metrics),) * bool(facts.metrics),
             *((run.suite, run.digest, run.metrics) for run in facts.evaluations),
         ]
         for metric, value in metrics.items()
