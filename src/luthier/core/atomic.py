@@ -14,7 +14,7 @@ from luthier.core.errors import StorageError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
     """Write one file whole. Raises: StorageError; a file that was there before is then intact."""
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
             _flush(path.parent)
         except BaseException:

@@ -18,6 +18,7 @@
     │   ├── RefusedError                 a rule of the registry says no: held, retired, frozen, blocked, no gate
     │   └── BlobError                    stored bytes are missing, or are not those that were stored
     ├── StorageError(OSError)            the disk is full or refuses; what was there before is intact
+    ├── SignatureError(ValueError)       a signature is missing, does not fit, or is by nobody who is trusted
     └── MissingExtraError(ImportError)   an optional dependency is absent; says how to install it
 
 Each is also the standard-library error a caller would expect, so `except ValueError` works. A message says what was given,
@@ -106,6 +107,10 @@ class StorageError(LuthierError, OSError):
     def __str__(self) -> str:
         # Without OSError's "[Errno 39]", which is no word for people; `errno` is still there for programs.
         return f"{self.strerror}: {self.filename}" if self.strerror and self.filename else super().__str__()
+
+
+class SignatureError(LuthierError, ValueError):
+    """A signature or a key cannot be used: it does not fit, is by nobody who is trusted, or is no key at all."""
 
 
 class MissingExtraError(LuthierError, ImportError):

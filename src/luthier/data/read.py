@@ -11,6 +11,7 @@ NaN, a key given twice and half a surrogate pair are faults, and the error names
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -58,7 +59,7 @@ def read_rows(source: str | Path, *, split: str | None = None, limit: int | None
     if is_file or not hub:
         if split is not None:
             raise ConfigError(f"split={split!r} has no effect on the file '{path}': only Hub data sets have splits.")
-        name, rows = path.name, _read_file(path, limit)
+        name, rows = path.name, list(stream_rows(path, limit))
     else:
         if split and hub["split"] and split != hub["split"]:
             raise ConfigError(f"Two splits are given, '{hub['split']}' in '{source}' and split={split!r}. Give one.")
@@ -67,10 +68,14 @@ def read_rows(source: str | Path, *, split: str | None = None, limit: int | None
         rows = _read_hub(hub["repo"], hub["config"], chosen, limit)
     if not rows:
         raise DataError(f"'{source}' holds no rows.")
-    return RowSet(rows, name, _digest(rows, str(source)))
+    return RowSet(rows, name, digest_rows(rows, str(source)))
 
 
-def _read_file(path: Path, limit: int | None) -> list[dict[str, Any]]:
+def stream_rows(path: Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file one by one, as strictly as `read_rows`; faults are raised at the end, all at once.
+
+    JSON Lines and Parquet never stand in memory whole. Raises: DataError, MissingExtraError.
+    """
     if path.is_dir():
         raise DataError(f"'{path}' is a folder. Give one file of it ({', '.join(SUFFIXES)}).")
     if not path.is_file():
@@ -79,16 +84,16 @@ def _read_file(path: Path, limit: int | None) -> list[dict[str, Any]]:
         hint = f" Beside it: {', '.join(close)}." if close else ""
         raise DataError(f"There is no file '{path}'.{hint} A Hub data set is written org/name or org/name:split.")
     if path.suffix in LINES:
-        return _read_lines(path, limit)
+        return _stream_lines(path, limit)
     if path.suffix == ".json":
-        return _read_list(path, limit)
+        return iter(_read_list(path, limit))
     if path.suffix == ".parquet":
-        return _read_parquet(path, limit)
+        return _stream_parquet(path, limit)
     raise DataError(f"'{path.name}' is of no known kind; needed is one of {', '.join(SUFFIXES)}.")
 
 
-def _read_lines(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    rows, faults = [], RowFaults()
+def _stream_lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    num_rows, faults = 0, RowFaults()
     with path.open("rb") as lines:
         # Iterating over bytes splits at \n only. str.splitlines would also split inside a JSON string, at U+2028 and others.
         for number, line in enumerate(lines, start=1):
@@ -97,13 +102,15 @@ def _read_lines(path: Path, limit: int | None) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                rows.append(_as_row(_parse(line)))
+                row = _as_row(_parse(line))
             except ValueError as fault:
                 faults.add(f"line {number}", str(fault))
-            if len(rows) == limit:
+                continue
+            yield row
+            num_rows += 1
+            if num_rows == limit:
                 break
     faults.raise_if_any(f"'{path.name}' is not valid JSON Lines", "Each line must be one JSON object.")
-    return rows
 
 
 def _read_list(path: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -124,22 +131,18 @@ def _read_list(path: Path, limit: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_parquet(path: Path, limit: int | None) -> list[dict[str, Any]]:
+def _stream_parquet(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "data", "Reading Parquet") from None
-    rows: list[dict[str, Any]] = []
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                rows += batch.to_pylist()
-                if limit is not None and len(rows) >= limit:
-                    break
+            batches = (batch.to_pylist() for batch in file.iter_batches())
+            yield from itertools.islice(itertools.chain.from_iterable(batches), limit)
     except pyarrow.ArrowException as fault:
         raise DataError(f"'{path.name}' cannot be read as Parquet: {fault}") from fault
-    return rows[:limit]
 
 
 def _read_hub(repo: str, config: str | None, split: str, limit: int | None) -> list[dict[str, Any]]:
@@ -205,7 +208,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _digest(rows: Iterable[dict[str, Any]], source: str) -> str:
+def digest_rows(rows: Iterable[dict[str, Any]], source: str) -> str:
+    """Return the sha256 of rows as JSON that `RowSet.digest` and a run's record hold; `source` names them in errors."""
     sha = hashlib.sha256()
     for line in _json_lines(rows, source):
         sha.update(line.encode())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.data import read_rows
+from luthier.data.read import stream_rows
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -38,6 +39,15 @@ def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory, raw):
         except DataError:
             continue
         assert all(isinstance(row, dict) for row in rows)
+
+
+def test_streamed_rows_are_the_rows_and_faults_come_at_the_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{oops}\n{"a": 2}\n')
+    streamed = stream_rows(path)
+    assert [next(streamed), next(streamed)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(DataError, match="line 2"):
+        next(streamed)
 
 
 def test_faults_are_listed_by_line_and_counted(tmp_path):
