@@ -55,13 +55,13 @@ def running_postgres(programs: Path) -> Iterator[str]:
 
 
 @contextmanager
-def fresh_database(server_url: str) -> Iterator[str]:
-    """Give the URL of an empty database on that server; it is dropped when the block ends."""
+def fresh_database(server_url: str, template: str = "template0") -> Iterator[str]:
+    """Give the URL of an empty database on that server, or of a copy of one; it is dropped when the block ends."""
     name = f"r{uuid.uuid4().hex[:12]}"
     engine = create_engine(server_url, isolation_level="AUTOCOMMIT")
     try:
         with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
         yield server_url.replace("/postgres?", f"/{name}?")
         with engine.connect() as connection:
             connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))

@@ -5,7 +5,6 @@ luthier.json holds what PEFT has no place for: the fingerprint of the base, the 
 other two files. PEFT and vLLM ignore it. This file never sees a model.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +19,22 @@ from luthier.core.atomic import new_folder
 from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterFormatError
 from luthier.formats.adapter_config import parse_config
+from luthier.formats.note import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MINUS_FILE,
+    NOTE_FILE,
+    NOTE_FORMAT,
+    PICKLE_FILE,
+    TENSOR_FILE,
+    check_digest,
+    check_is_adapter,
+    read_note,
+    read_text,
+    sha256,
+)
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
-CARD_FILE = "README.md"
-NOTE_FILE = "luthier.json"
-MINUS_FILE = "loftq.safetensors"
 FILES = frozenset({CONFIG_FILE, TENSOR_FILE, CARD_FILE, NOTE_FILE, MINUS_FILE})
-NOTE_FORMAT = 1
-_WAY_OUT = f"Restore the folder; or delete {NOTE_FILE}, and with it the record of its base and recipe."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -59,16 +64,13 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> AdapterFold
     tensor holds numbers that are not finite (all of them listed).
     """
     path = Path(path)
-    if not (path / CONFIG_FILE).is_file():
-        inside = sorted(entry.parent.name for entry in path.glob(f"*/{CONFIG_FILE}")) if path.is_dir() else []
-        hint = f" It has adapters inside: {', '.join(inside)}; name one of them." if inside else ""
-        raise AdapterFormatError(f"{path} is not an adapter folder: it has no {CONFIG_FILE}.{hint}")
-    config_text = _read_text(path / CONFIG_FILE)
-    note = _read_note(path)
-    _check_digest(path, note, CONFIG_FILE, config_text.encode())
+    check_is_adapter(path)
+    config_text = read_text(path / CONFIG_FILE)
+    note = read_note(path)
+    check_digest(path, note, CONFIG_FILE, sha256(config_text.encode()))
     if (path / TENSOR_FILE).is_file():
         raw = (path / TENSOR_FILE).read_bytes()
-        _check_digest(path, note, TENSOR_FILE, raw)
+        check_digest(path, note, TENSOR_FILE, sha256(raw))
         tensors = _parse_safetensors(path / TENSOR_FILE, raw)
         num_bytes = len(raw)
     elif (path / PICKLE_FILE).is_file():
@@ -100,12 +102,12 @@ def write_adapter(
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise AdapterFormatError(f"not saved: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
     raw = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, {"format": "pt"})
-    digests = {CONFIG_FILE: _sha256(config_text.encode()), TENSOR_FILE: _sha256(raw)}
+    digests = {CONFIG_FILE: sha256(config_text.encode()), TENSOR_FILE: sha256(raw)}
     raw_minus = b""
     if minus:
         factors = {f"{layer}.{side}": factor for layer, pair in minus.items() for side, factor in zip("BA", pair, strict=True)}
         raw_minus = save({name: factor.cpu().contiguous() for name, factor in sorted(factors.items())})
-        digests[MINUS_FILE] = _sha256(raw_minus)
+        digests[MINUS_FILE] = sha256(raw_minus)
     with new_folder(Path(path), replaces=FILES) as folder:
         (folder / TENSOR_FILE).write_bytes(raw)
         (folder / CONFIG_FILE).write_bytes(config_text.encode())
@@ -119,7 +121,7 @@ def write_adapter(
 
 def file_digests(path: Path) -> dict[str, str]:
     """Return name -> sha256 of the configuration and the tensors in a folder: which adapter it is, to the last bit."""
-    return {name: _sha256((path / name).read_bytes()) for name in (CONFIG_FILE, TENSOR_FILE)}
+    return {name: sha256((path / name).read_bytes()) for name in (CONFIG_FILE, TENSOR_FILE)}
 
 
 def _read_minus(path: Path, note: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -129,43 +131,10 @@ def _read_minus(path: Path, note: dict[str, Any]) -> dict[str, tuple[Tensor, Ten
     if not file.is_file():
         raise AdapterFormatError(f"{path} has no {MINUS_FILE}, without which its base cannot be made again; restore the folder")
     raw = file.read_bytes()
-    _check_digest(path, note, MINUS_FILE, raw)
+    check_digest(path, note, MINUS_FILE, sha256(raw))
     factors = _parse_safetensors(file, raw)
     layers = {name.rpartition(".")[0] for name in factors}
     return {layer: (factors[f"{layer}.B"], factors[f"{layer}.A"]) for layer in sorted(layers)}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise AdapterFormatError(f"{path} is not text: {error}") from error
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    file = path / NOTE_FILE
-    if not file.is_file():
-        return {}
-    try:
-        note = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{file} is damaged: {error}") from error
-    found = note.get("format") if isinstance(note, dict) else note
-    if not isinstance(note, dict) or found != NOTE_FORMAT:
-        raise AdapterFormatError(f"{file} has format {found!r}; this version reads {NOTE_FORMAT}")
-    odd = [key for key in ("files", "base", "recipe", "metrics") if not isinstance(note.get(key, {}), dict)]
-    odd += [f"files[{name!r}]" for name in (CONFIG_FILE, TENSOR_FILE) if "files" not in odd and name not in note.get("files", {})]
-    if odd:
-        raise AdapterFormatError(f"{file} is damaged: {', '.join(odd)} missing or not a mapping. {_WAY_OUT}")
-    return note
-
-
-def _check_digest(path: Path, note: dict[str, Any], name: str, raw: bytes) -> None:
-    if note and note["files"][name] != _sha256(raw):
-        raise AdapterFormatError(
-            f"{path}: {name} changed since the adapter was saved (its digest in {NOTE_FILE} disagrees): truncated, damaged or "
-            f"edited. {_WAY_OUT}"
-        )
 
 
 def _parse_safetensors(path: Path, raw: bytes) -> dict[str, Tensor]:
@@ -187,10 +156,6 @@ def _read_pickle(path: Path, allowed: bool) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise AdapterFormatError(f"{path} holds something other than named tensors")
     return tensors
-
-
-def _sha256(raw: bytes) -> str:
-    return hashlib.sha256(raw).hexdigest()
 
 
 def _some(names: list[str]) -> str:

@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, inspect, text
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
 from luthier.core.errors import MissingExtraError, RegistryError
+from luthier.registry.columns import Row
 
 BUSY_SECONDS = 60.0
 
@@ -81,6 +84,13 @@ def take_lock(session: Session, name: str, *, shared: bool = False) -> None:
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text(f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}(:key)"), {"key": lock_key(name)})
+
+
+def add_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
+    """Add a row unless one with its key is there, whoever adds it at this moment; returns whether it was added."""
+    insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
+    statement = insert(table).values(**values).on_conflict_do_nothing().returning(*inspect(table).primary_key)
+    return session.execute(statement).first() is not None
 
 
 def lock_key(name: str) -> int:
