@@ -9,12 +9,12 @@ from datetime import datetime
 from typing import Any
 
 from luthier import __version__
+from luthier.formats.note import TENSOR_FILE
 from luthier.registry.card import SPDX
 from luthier.registry.columns import now
 from luthier.registry.facts import Data, Facts, Parent
 
 SPEC = "1.7"
-TENSOR_FILE = "adapter_model.safetensors"
 
 Json = dict[str, Any]
 

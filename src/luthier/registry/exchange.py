@@ -17,12 +17,13 @@ from typing import Any
 
 from luthier.core.atomic import new_folder
 from luthier.core.errors import RefusedError, RegistryError
+from luthier.formats.note import CARD_FILE, CONFIG_FILE, TENSOR_FILE
 from luthier.registry.blobs import BlobStore
 from luthier.registry.bom import export_bom
 from luthier.registry.card import export_card
 from luthier.registry.facts import Facts
 
-CARD_FILE, BOM_FILE, CONFIG_FILE, TENSOR_FILE = "README.md", "bom.json", "adapter_config.json", "adapter_model.safetensors"
+BOM_FILE = "bom.json"
 WANTED = ("*.safetensors", "*.json", "*.md", "*.jinja", "*.txt", "*.model")
 
 

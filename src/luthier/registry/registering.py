@@ -37,6 +37,7 @@ from luthier.registry.schema import (
     AdapterVersion,
     BaseModel,
     Blocked,
+    CopyElsewhere,
     Dataset,
     DatasetParent,
     DatasetVersion,
@@ -104,12 +105,14 @@ def register(
     about: About | None = None,
     run_id: str | None = None,
     environment: Mapping[str, Any] | None = None,
+    copies: Sequence[tuple[str, str]] = (),
 ) -> Registered:
     """Make an adapter's folder the next version of `name`, which is made with `owner` where it is new.
 
     `datasets` are pairs (NAME:VERSION or a digest, role), with the roles train, preference, calibration and eval; where none is
     known, `no_data_reason` says why. `parents` are pairs (NAME:VERSION, relation), with the relations continued, merged,
     composed, distilled and generated_data. `base` is a fingerprint as JSON, for folders that bring none.
+    `copies` are pairs (kind, place) of other places where its bytes lie, which an erasure has to find: run, cache, tracker.
     Registering the same files with the same lineage again finds the version that is there.
     Raises: AdapterFormatError for a folder that is no sound adapter, RefusedError for data or bytes that are frozen, held or
     erased, and for tensors that are known with another lineage, RegistryError, BlobError, StorageError.
@@ -127,6 +130,7 @@ def register(
                     raise RegistryError(_no_data(found))
                 _refuse(session, found, lineage)
                 if there := _known(session, found, lineage, name):
+                    _note_copies(session, there, copies)
                     return Registered(name, there.version, found.manifest_digest, is_new=False)
                 adapter = _adapter(session, name, owner, tenant, actor)
                 version = AdapterVersion(
@@ -144,6 +148,7 @@ def register(
                 )
                 adapter.next_version += 1
                 _write(session, registry, version, found, lineage)
+                _note_copies(session, version, copies)
                 reference = Registered(name, version.version, found.manifest_digest, is_new=True)
                 told = {"manifest": found.manifest_digest, "lineage": version.lineage_digest} | lineage.told()
                 session.add(Outbox(event="version.registered", payload={"name": name, "version": version.version} | told))
@@ -212,10 +217,10 @@ def _lineage(
 ) -> _Lineage:
     recipe = found.note.get("recipe") or {}
     data = {(version.id, role): version for named, role in datasets for version in _data_versions(session, named)}
-    if isinstance(digest := recipe.get("data_digest"), str):
+    for digest, role in _recipe_data(found).items():
         for version in session.scalars(select(DatasetVersion).filter_by(digest=digest)):
             if version.id not in {row_id for row_id, _ in data}:
-                data[version.id, "train"] = version
+                data[version.id, role] = version
     made_of = {(version.id, relation): version for named, relation in parents for version in [find_version(session, named)]}
     if isinstance(cut := recipe.get("truncated"), dict):
         for version in _by_tensors(session, ((cut.get("parent") or {}).get("files") or {}).get(TENSOR_FILE)):
@@ -247,9 +252,17 @@ def _by_tensors(session: Session, digest: str | None) -> list[AdapterVersion]:
     return list(session.scalars(query.order_by(AdapterVersion.id).limit(1))) if digest else []
 
 
+def _recipe_data(found: Intake) -> dict[str, str]:
+    """Digest -> role of the rows that the recipe names. Older recipes hold one digest, of all rows together."""
+    recipe = found.note.get("recipe") or {}
+    if isinstance(told := recipe.get("data_digests"), dict):
+        return {digest: role for role, digest in told.items()}
+    return {digest: "train"} if isinstance(digest := recipe.get("data_digest"), str) else {}
+
+
 def _no_data(found: Intake) -> str:
-    digest = (found.note.get("recipe") or {}).get("data_digest")
-    trained = f" Its recipe names rows with the digest {digest}, which this registry does not know." if digest else ""
+    digests = ", ".join(_recipe_data(found))
+    trained = f" Its recipe names rows with the digest {digests}, which this registry does not know." if digests else ""
     return (
         f"Say what {found.folder} learned from.{trained} Name a data set (--data NAME:VERSION), or say why none can be named "
         "(--no-data REASON)."
@@ -266,8 +279,7 @@ def _refuse(session: Session, found: Intake, lineage: _Lineage) -> None:
     """
     digests = {found.manifest_digest: "these files were", **{file.sha256: f"{file.path} was" for file in found.files}}
     digests |= {version.digest: "data of this digest was" for version in lineage.data.values()}
-    if isinstance(digest := (found.note.get("recipe") or {}).get("data_digest"), str):
-        digests[digest] = "the data that its recipe names was"
+    digests |= dict.fromkeys(_recipe_data(found), "the data that its recipe names was")
     blocked = session.scalars(select(Blocked.digest).where(Blocked.digest.in_(digests)))
     faults = [f"{digests[digest]} erased and may not come back ({digest[:16]})" for digest in blocked]
     for parent in lineage.parents.values():
@@ -400,3 +412,10 @@ def _write(session: Session, registry: Registry, version: AdapterVersion, found:
     for row_id, relation in lineage.parents:
         session.add(AdapterParent(child_id=version.id, parent_id=row_id, relation=relation))
     session.flush()
+
+
+def _note_copies(session: Session, version: AdapterVersion, copies: Sequence[tuple[str, str]]) -> None:
+    for kind, location in copies:
+        values = {"version_id": version.id, "kind": kind, "location": location}
+        if session.scalar(select(CopyElsewhere.id).filter_by(**values).limit(1)) is None:
+            session.add(CopyElsewhere(**values))
