@@ -18,10 +18,14 @@ from typing import Any
 from luthier.core.atomic import new_folder
 from luthier.core.errors import RefusedError, RegistryError
 from luthier.formats.note import CARD_FILE, CONFIG_FILE, TENSOR_FILE
+from luthier.registry import audit
 from luthier.registry.blobs import BlobStore
 from luthier.registry.bom import export_bom
 from luthier.registry.card import export_card
-from luthier.registry.facts import Facts
+from luthier.registry.facts import Facts, facts_of
+from luthier.registry.place import Registry
+from luthier.registry.registering import note_copies
+from luthier.registry.versions import find_version
 
 BOM_FILE = "bom.json"
 WANTED = ("*.safetensors", "*.json", "*.md", "*.jinja", "*.txt", "*.model")
@@ -34,6 +38,21 @@ class Pulled:
     folder: Path
     repo: str
     commit: str
+
+
+def leave(registry: Registry, reference: str, location: str, *, actor: str) -> Facts:
+    """Record that a version is about to be copied to `location` (a folder, a repository), and return what is known of it.
+
+    The record comes first: an erasure has to know of a copy before there is one. Raises: RefusedError for a version that is held
+    or erased, RegistryError.
+    """
+    with registry.database.writing() as session:
+        version = find_version(session, reference)
+        facts = facts_of(session, version)
+        check_may_leave(facts)
+        note_copies(session, version, [("export", location)])
+        audit.record(session, actor, "version.export", f"adapter/{facts.name}/{facts.version}", {"location": location})
+    return facts
 
 
 def export_folder(facts: Facts, blobs: BlobStore, target: Path) -> Path:

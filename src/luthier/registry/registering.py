@@ -130,7 +130,7 @@ def register(
                     raise RegistryError(_no_data(found))
                 _refuse(session, found, lineage)
                 if there := _known(session, found, lineage, name):
-                    _note_copies(session, there, copies)
+                    note_copies(session, there, copies)
                     return Registered(name, there.version, found.manifest_digest, is_new=False)
                 adapter = _adapter(session, name, owner, tenant, actor)
                 version = AdapterVersion(
@@ -148,7 +148,7 @@ def register(
                 )
                 adapter.next_version += 1
                 _write(session, registry, version, found, lineage)
-                _note_copies(session, version, copies)
+                note_copies(session, version, copies)
                 reference = Registered(name, version.version, found.manifest_digest, is_new=True)
                 told = {"manifest": found.manifest_digest, "lineage": version.lineage_digest} | lineage.told()
                 session.add(Outbox(event="version.registered", payload={"name": name, "version": version.version} | told))
@@ -414,7 +414,8 @@ def _write(session: Session, registry: Registry, version: AdapterVersion, found:
     session.flush()
 
 
-def _note_copies(session: Session, version: AdapterVersion, copies: Sequence[tuple[str, str]]) -> None:
+def note_copies(session: Session, version: AdapterVersion, copies: Sequence[tuple[str, str]]) -> None:
+    """Record that bytes of a version lie at other places too, pairs (kind, place); what is recorded already stays once."""
     for kind, location in copies:
         values = {"version_id": version.id, "kind": kind, "location": location}
         if session.scalar(select(CopyElsewhere.id).filter_by(**values).limit(1)) is None:

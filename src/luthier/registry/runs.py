@@ -68,6 +68,7 @@ def register_run(
     no_data_reason: str | None = None,
     parents: Sequence[tuple[str, str]] = (),
     about: About | None = None,
+    run_id: str | None = None,
     **more: Any,
 ) -> Registered:
     """Make a finished run's adapter (or an adapter's folder) the next version of `name`; `more` goes to `register`.
@@ -88,7 +89,7 @@ def register_run(
         no_data_reason=no_data_reason,
         parents=parents,
         about=about,
-        run_id=run.folder.name if run.folder else None,
+        run_id=run_id or (run.folder.name if run.folder else None),
         environment=run.environment,
         copies=[("run", str(run.folder))] if run.folder else (),
         **more,

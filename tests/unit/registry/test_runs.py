@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
-from tests.tiny_run import save_tiny_model, write_rows
+from tests.tiny_run import save_tiny_model, train_tiny, write_rows
 
 from luthier.core.errors import DataError, RegistryError
 from luthier.formats.fingerprint import Verdict, verdict
@@ -17,25 +17,13 @@ from luthier.registry.registering import Registered
 from luthier.registry.runs import read_run, register_run
 from luthier.registry.schema import CopyElsewhere, Dataset
 from luthier.registry.versions import find_version
-from luthier.train.run import train
-from luthier.train.settings import RunSettings
 
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three steps, with held-out rows of its own."""
     home = tmp_path_factory.mktemp("run")
-    save_tiny_model(home / "model", tiny_llama, tiny_tokenizer, hidden=32, layers=1)
-    settings = {
-        "model": str(home / "model"),
-        "out": str(home / "orders-1"),
-        "dtype": "float32",
-        "data": {"path": str(write_rows(home / "rows.jsonl", 7)), "eval_path": str(write_rows(home / "held.jsonl", 3, start=9))},
-        "lora": {"r": 3},
-        "train": {"max_steps": 3, "batch_rows": 3, "compile": "off"},
-    }
-    train(RunSettings(**settings))
-    return home / "orders-1"
+    return train_tiny(home, save_tiny_model(home / "model", tiny_llama, tiny_tokenizer, hidden=32, layers=1))
 
 
 def put(registry: Registry, run: Path, **more: Any) -> Registered:
