@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from luthier.cli import baseline, evaluate, generate, inspect, merge, methods, models, plan, quickstart, train, truncate
+from luthier.cli import baseline, evaluate, generate, inspect, merge, methods, models, plan, quickstart, registry, train, truncate
 from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
 
@@ -33,6 +33,7 @@ app.command("baseline")(baseline.baseline)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.add_typer(models.app, name="models")
+app.add_typer(registry.registry_app, name="registry")
 
 
 @app.callback(invoke_without_command=True)

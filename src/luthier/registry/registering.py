@@ -223,9 +223,9 @@ def _lineage(
                 data[version.id, role] = version
     made_of = {(version.id, relation): version for named, relation in parents for version in [find_version(session, named)]}
     if isinstance(cut := recipe.get("truncated"), dict):
-        for version in _by_tensors(session, ((cut.get("parent") or {}).get("files") or {}).get(TENSOR_FILE)):
-            if version.id not in {row_id for row_id, _ in made_of}:
-                made_of[version.id, "truncated"] = version
+        for parent in _by_tensors(session, ((cut.get("parent") or {}).get("files") or {}).get(TENSOR_FILE)):
+            if parent.id not in {row_id for row_id, _ in made_of}:
+                made_of[parent.id, "truncated"] = parent
     return _Lineage(fingerprint.identity() if fingerprint else None, data, made_of)
 
 

@@ -93,7 +93,7 @@ def list_adapters(session: Session) -> list[dict[str, Any]]:
     ]
 
 
-def list_versions(session: Session, query: Select[tuple[AdapterVersion]]) -> list[dict[str, Any]]:
+def list_versions(session: Session, query: Select[AdapterVersion]) -> list[dict[str, Any]]:
     """Return the versions that a query selects as plain data, a line's worth each."""
     return [
         {
@@ -112,12 +112,14 @@ def list_versions(session: Session, query: Select[tuple[AdapterVersion]]) -> lis
     ]
 
 
-def versions_of(name: str) -> Select[tuple[AdapterVersion]]:
+def versions_of(name: str) -> Select[AdapterVersion]:
     """Return the query for all versions of one adapter, by number."""
     return select(AdapterVersion).join(Adapter).where(Adapter.name == name).order_by(AdapterVersion.version)
 
 
-def matching(words: str, *, base: str | None = None, owner: str | None = None, lifecycle: Lifecycle | None = None) -> Select[Any]:
+def matching(
+    words: str, *, base: str | None = None, owner: str | None = None, lifecycle: Lifecycle | None = None
+) -> Select[AdapterVersion]:
     """Return the query for versions that hold every one of the words in a name or text, or that begin a digest."""
     query = select(AdapterVersion).join(Adapter).outerjoin(BaseModel, AdapterVersion.base_model_id == BaseModel.id)
     for word in words.split():
@@ -181,7 +183,7 @@ def _relatives(session: Session, version_id: int, *, up: bool) -> list[dict[str,
     return [{"name": name_of(version), "relation": relation} for version, relation in session.execute(query)]
 
 
-def _grouped(session: Session, query: Select[Any]) -> dict[int, dict[str, int]]:
+def _grouped(session: Session, query: Any) -> dict[int, dict[str, int]]:
     """(adapter, name, version) rows as adapter -> {name: version}."""
     grouped: dict[int, dict[str, int]] = {}
     for adapter_id, name, version in session.execute(query):

@@ -1,0 +1,18 @@
+"""`luthier registry`: the list of its subcommands. One file for each group of them; the room does the work."""
+
+import typer
+
+from luthier.cli import registry_add, registry_look, registry_store
+
+registry_app = typer.Typer(
+    help="Versions of adapters: where they came from, who owns them, whether their bytes are sound.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+registry_app.command("add")(registry_add.add)
+registry_app.command("list")(registry_look.list_registered)
+registry_app.command("show")(registry_look.show)
+registry_app.command("search")(registry_look.search)
+registry_app.command("verify")(registry_store.verify)
+registry_app.command("gc")(registry_store.gc)
+registry_app.command("doctor")(registry_store.doctor)
