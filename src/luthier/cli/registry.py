@@ -2,7 +2,7 @@
 
 import typer
 
-from luthier.cli import registry_add, registry_look, registry_store
+from luthier.cli import registry_add, registry_look, registry_rebase, registry_share, registry_store
 
 registry_app = typer.Typer(
     help="Versions of adapters: where they came from, who owns them, whether their bytes are sound.",
@@ -16,3 +16,9 @@ registry_app.command("search")(registry_look.search)
 registry_app.command("verify")(registry_store.verify)
 registry_app.command("gc")(registry_store.gc)
 registry_app.command("doctor")(registry_store.doctor)
+registry_app.command("export-card")(registry_share.export_card)
+registry_app.command("export-bom")(registry_share.export_bom)
+registry_app.command("export")(registry_share.export)
+registry_app.command("push")(registry_share.push)
+registry_app.command("pull")(registry_share.pull)
+registry_app.command("rebase")(registry_rebase.rebase)

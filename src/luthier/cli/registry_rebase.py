@@ -21,9 +21,7 @@ def rebase(
     old: str = typer.Argument(help="The base that changes: its name in the registry, or the beginning of its fingerprint."),
     new: str = typer.Argument(help="The base to train on instead: Hub id, folder, GGUF file or wheel."),
     run: bool = typer.Option(False, "--run", help="Train, register and judge the successors. Default: only show the plan."),
-    out: Path = typer.Option(
-        Path("runs/rebase"), "--out", "-o", help="Folder for the runs; finished ones are kept."
-    ),
+    out: Path = typer.Option(Path("runs/rebase"), "--out", "-o", help="Folder for the runs; finished ones are kept."),
     actor: str | None = ACTOR,
     registry: str | None = REGISTRY,
     as_json: bool = JSON,

@@ -117,7 +117,7 @@ def register(
     Raises: AdapterFormatError for a folder that is no sound adapter, RefusedError for data or bytes that are frozen, held or
     erased, and for tensors that are known with another lineage, RegistryError, BlobError, StorageError.
     """
-    _check_name(name)
+    check_name(name)
     found = examine(Path(folder))
     fingerprint = _fingerprint(found, base)
     for attempt in range(ATTEMPTS):
@@ -181,7 +181,8 @@ def lineage_of(session: Session, version: AdapterVersion) -> dict[str, Any]:
 # --- what the files and the caller say ---------------------------------------------------------------------------
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise RegistryError for what cannot name an adapter."""
     if not _NAME.fullmatch(name):
         raise RegistryError(f"{name!r} cannot name an adapter; needed are letters, digits, '.', '_', '-' and '/', no ':'")
 

@@ -20,7 +20,7 @@ from luthier.registry.datasets import Terms, add_data
 from luthier.registry.datasets import name_of as data_name
 from luthier.registry.place import Registry
 from luthier.registry.registering import About, Registered, register
-from luthier.registry.schema import Dataset, DatasetVersion
+from luthier.registry.schema import Adapter, Dataset, DatasetVersion
 
 SUMMARY_FILE = "summary.json"
 
@@ -64,6 +64,7 @@ def register_run(
     name: str,
     actor: str,
     owner: str | None = None,
+    default_owner: str | None = None,
     datasets: Sequence[tuple[str, str]] = (),
     no_data_reason: str | None = None,
     parents: Sequence[tuple[str, str]] = (),
@@ -73,10 +74,13 @@ def register_run(
 ) -> Registered:
     """Make a finished run's adapter (or an adapter's folder) the next version of `name`; `more` goes to `register`.
 
-    `datasets` or `no_data_reason` take the place of the data that the run names. Raises: what `register` and `add_data` raise,
+    `datasets` or `no_data_reason` take the place of the data that the run names; `default_owner` answers for a name that is new
+    where no owner is given. Raises: what `register` and `add_data` raise,
     DataError if the rows changed since the run.
     """
     run = read_run(path)
+    if owner is None and _is_new(registry, name):
+        owner = default_owner
     if not datasets and no_data_reason is None:
         datasets = _named_data(registry, run.data, owner or actor, actor)
     return register(
@@ -94,6 +98,11 @@ def register_run(
         copies=[("run", str(run.folder))] if run.folder else (),
         **more,
     )
+
+
+def _is_new(registry: Registry, name: str) -> bool:
+    with registry.database.reading() as session:
+        return session.scalar(select(Adapter.id).filter_by(name=name)) is None
 
 
 def _summary(folder: Path) -> dict[str, Any]:
