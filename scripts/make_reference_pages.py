@@ -62,7 +62,8 @@ def settings_models() -> list[type]:
     from luthier.core.settings import Settings
 
     for module in pkgutil.walk_packages(luthier.__path__, "luthier."):
-        importlib.import_module(module.name)
+        if not module.name.endswith(".migrations.env"):  # a script that Alembic runs, no module
+            importlib.import_module(module.name)
 
     def below(model: type) -> Iterator[type]:
         child: type
