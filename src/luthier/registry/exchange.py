@@ -22,6 +22,7 @@ from luthier.registry import audit
 from luthier.registry.blobs import BlobStore
 from luthier.registry.bom import export_bom
 from luthier.registry.card import export_card
+from luthier.registry.columns import Lifecycle
 from luthier.registry.facts import Facts, facts_of
 from luthier.registry.place import Registry
 from luthier.registry.registering import note_copies
@@ -43,8 +44,8 @@ class Pulled:
 def leave(registry: Registry, reference: str, location: str, *, actor: str) -> Facts:
     """Record that a version is about to be copied to `location` (a folder, a repository), and return what is known of it.
 
-    The record comes first: an erasure has to know of a copy before there is one. Raises: RefusedError for a version that is held
-    or erased, RegistryError.
+    The record comes first: an erasure has to know of a copy before there is one. Raises: RefusedError for a version that is held,
+    retired or erased, RegistryError.
     """
     with registry.database.writing() as session:
         version = find_version(session, reference)
@@ -58,7 +59,7 @@ def leave(registry: Registry, reference: str, location: str, *, actor: str) -> F
 def export_folder(facts: Facts, blobs: BlobStore, target: Path) -> Path:
     """Write a version to the new folder `target`, with its card and bill of materials; returns the folder.
 
-    Raises: RefusedError for a version that is held or erased, BlobError for a damaged file (nothing is written then),
+    Raises: RefusedError for a version that is held, retired or erased, BlobError for a damaged file (nothing is written then),
     StorageError.
     """
     check_may_leave(facts)
@@ -72,9 +73,9 @@ def export_folder(facts: Facts, blobs: BlobStore, target: Path) -> Path:
 
 
 def check_may_leave(facts: Facts) -> None:
-    """Raise RefusedError for a version that nobody may use now."""
-    if facts.lifecycle == "erased":
-        raise RefusedError(f"{facts} was erased; nothing of it is left to export.")
+    """Raise RefusedError for a version that nobody may use now: held, retired or erased."""
+    if facts.lifecycle != Lifecycle.CANDIDATE:
+        raise RefusedError(f"{facts} is {facts.lifecycle}, so it may not leave the registry. Choose another version.")
     if facts.hold_reason:
         raise RefusedError(f"{facts} is on hold ({facts.hold_reason}), so it may not leave the registry. Lift the hold first.")
 

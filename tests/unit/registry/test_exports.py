@@ -179,9 +179,10 @@ def test_an_exported_folder_holds_the_registered_bytes_and_a_new_card(registry: 
     assert ModelCard((folder / "README.md").read_text()).data.base_model == "HuggingFaceTB/SmolLM2-135M"
 
 
-def test_nothing_that_is_held_erased_or_damaged_leaves(registry: Registry, tmp_path: Path) -> None:
+def test_nothing_that_is_held_retired_erased_or_damaged_leaves(registry: Registry, tmp_path: Path) -> None:
     facts = add(registry)
-    for own in ({"hold_reason": "an erasure is under way"}, {"lifecycle": Lifecycle.ERASED.value}):
+    states = [{"lifecycle": Lifecycle.RETIRED.value}, {"lifecycle": Lifecycle.ERASED.value}]
+    for own in ({"hold_reason": "an erasure is under way"}, *states):
         with pytest.raises(RefusedError, match=r"orders:2"):
             export_folder(Facts(**vars(facts) | own), registry.blobs, tmp_path / "held")
     stored = next(Path(registry.blobs.place).rglob(hashlib.sha256(b"tensors").hexdigest()))
