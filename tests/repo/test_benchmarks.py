@@ -128,3 +128,11 @@ def test_variants_do_not_mix_runs_of_other_arguments(root: Path, folder: Path) -
     with pytest.raises(AssertionError, match="steps was 2, is now 3"):
         result_of(root, folder, "variants.py", *size, "--steps", "3")
     assert (folder / "runs.jsonl").read_bytes() == before
+
+
+def test_registry_questions_run_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "registry_questions.py", "--versions", "200", "--repeats", "2")
+    assert set(result["sqlite"]) == {"20", "200"}
+    for one in result["sqlite"]["200"].values():
+        assert one["ms"] > 0 and one["scans"] == []
+    assert result["sqlite"]["200"]["trained on a person's rows"]["rows"] > 0

@@ -2,7 +2,16 @@
 
 import typer
 
-from luthier.cli import registry_add, registry_look, registry_rebase, registry_share, registry_store
+from luthier.cli import (
+    registry_add,
+    registry_data,
+    registry_erase,
+    registry_lineage,
+    registry_look,
+    registry_rebase,
+    registry_share,
+    registry_store,
+)
 
 registry_app = typer.Typer(
     help="Versions of adapters: where they came from, who owns them, whether their bytes are sound.",
@@ -22,3 +31,7 @@ registry_app.command("export")(registry_share.export)
 registry_app.command("push")(registry_share.push)
 registry_app.command("pull")(registry_share.pull)
 registry_app.command("rebase")(registry_rebase.rebase)
+registry_app.add_typer(registry_data.data_app, name="data")
+registry_app.command("trained-on")(registry_lineage.trained_on)
+registry_app.command("lineage")(registry_lineage.lineage)
+registry_app.add_typer(registry_erase.erase_app, name="erase")

@@ -24,6 +24,7 @@ from luthier.core.errors import DataError, RefusedError, RegistryError, did_you_
 from luthier.data.read import digest_rows, read_rows, stream_rows
 from luthier.registry import audit
 from luthier.registry.columns import DataState
+from luthier.registry.copies import note_copy
 from luthier.registry.database import Database
 from luthier.registry.people import SubjectColumn, SubjectKey
 from luthier.registry.schema import (
@@ -282,10 +283,8 @@ def _parents(session: Session, version_id: int) -> dict[int, str]:
 
 def _note_copy(session: Session, version: DatasetVersion, source: str | Path) -> None:
     """The same content at another place: an erasure has to find it there too."""
-    location = _location(source)
-    known = {version.location, *session.scalars(select(CopyElsewhere.location).filter_by(dataset_version_id=version.id))}
-    if location not in known:
-        session.add(CopyElsewhere(dataset_version_id=version.id, kind="data", location=location))
+    if (location := _location(source)) != version.location:
+        note_copy(session, "data", location, data_id=version.id)
 
 
 def _location(source: str | Path) -> str:

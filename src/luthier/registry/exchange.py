@@ -23,9 +23,9 @@ from luthier.registry.blobs import BlobStore
 from luthier.registry.bom import export_bom
 from luthier.registry.card import export_card
 from luthier.registry.columns import Lifecycle
+from luthier.registry.copies import note_copy
 from luthier.registry.facts import Facts, facts_of
 from luthier.registry.place import Registry
-from luthier.registry.registering import note_copies
 from luthier.registry.versions import find_version
 
 BOM_FILE = "bom.json"
@@ -51,7 +51,7 @@ def leave(registry: Registry, reference: str, location: str, *, actor: str) -> F
         version = find_version(session, reference)
         facts = facts_of(session, version)
         check_may_leave(facts)
-        note_copies(session, version, [("export", location)])
+        note_copy(session, "export", location, version_id=version.id)
         audit.record(session, actor, "version.export", f"adapter/{facts.name}/{facts.version}", {"location": location})
     return facts
 

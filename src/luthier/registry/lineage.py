@@ -9,8 +9,8 @@
 Every walk is a recursive common table expression with UNION, which forgets what it has seen, so a circle in the rows ends it
 too. A walk costs what it finds: each step goes by an index from a row to its neighbours.
 
-A person's rows are followed into data made of the data they are in, until a version with an index of people of its own, which
-answers for itself.
+Data is what its content is: a version stands for all that have its digest. A person's rows are followed into what was made of
+the data they are in, until a content with an index of people of its own, which answers for itself.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import CTE, Select, exists, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from luthier.registry.columns import Audience, DataState, Lifecycle
 from luthier.registry.schema import (
@@ -117,15 +117,6 @@ def data_seen(session: Session, version_id: int) -> list[FoundData]:
     return _data(session, _walk(read, DatasetParent.child_id, DatasetParent.parent_id))
 
 
-def in_production(session: Session, audience: Audience | None = None) -> list[Found]:
-    """Return every version that a surface (of this audience) serves now with a weight above nothing."""
-    open_now = (
-        select(Deployment.version_id.label("id")).join(Surface).where(Deployment.ended_at.is_(None), Deployment.weight_bp > 0)
-    )
-    chosen = open_now if audience is None else open_now.where(Surface.audience == audience)
-    return _versions(session, chosen, set())
-
-
 def _walk(start: Select[Any], here: Any, there: Any) -> CTE:
     """The ids of `start` and all that is reached from them by the edges `here` -> `there` of one table."""
     seen = start.with_only_columns(start.selected_columns[0].label("id")).cte(recursive=True)
@@ -139,16 +130,32 @@ def _family(version_id: int) -> CTE:
 
 def _data_from(ids: list[int]) -> CTE:
     same = select(DatasetVersion.digest).where(DatasetVersion.id.in_(ids))
-    return _walk(
-        select(DatasetVersion.id).where(DatasetVersion.digest.in_(same)), DatasetParent.parent_id, DatasetParent.child_id
-    )
+    seen = select(DatasetVersion.id).where(DatasetVersion.digest.in_(same)).cte(recursive=True)
+    return seen.union(_made_of(seen))
 
 
 def _data_with(subject_hmac: bytes) -> CTE:
-    holds = select(DatasetSubject.dataset_version_id.label("id")).where(DatasetSubject.subject_hmac == subject_hmac)
-    seen = holds.cte(recursive=True)
-    has_index = exists().where(DatasetSubject.dataset_version_id == DatasetParent.child_id)
-    return seen.union(select(DatasetParent.child_id).join(seen, DatasetParent.parent_id == seen.c.id).where(~has_index))
+    holds = select(DatasetVersion.digest).join(DatasetSubject, DatasetSubject.dataset_version_id == DatasetVersion.id)
+    holds = holds.where(DatasetSubject.subject_hmac == subject_hmac)
+    seen = select(DatasetVersion.id).where(DatasetVersion.digest.in_(holds)).cte(recursive=True)
+    twin = aliased(DatasetVersion)
+    has_index = (
+        exists()
+        .where(DatasetSubject.dataset_version_id == twin.id, twin.digest == DatasetVersion.digest)
+        .correlate(DatasetVersion)
+    )
+    return seen.union(_made_of(seen).where(~has_index))
+
+
+def _made_of(seen: CTE) -> Select[Any]:
+    """What was made of the versions in `seen`, wherever the same content was added."""
+    child = aliased(DatasetVersion)
+    return (
+        select(DatasetVersion.id)
+        .join(child, child.digest == DatasetVersion.digest)
+        .join(DatasetParent, DatasetParent.child_id == child.id)
+        .join(seen, DatasetParent.parent_id == seen.c.id)
+    )
 
 
 def _learned(session: Session, data: CTE) -> list[Found]:

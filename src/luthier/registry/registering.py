@@ -24,6 +24,7 @@ from luthier.formats.fingerprint import Fingerprint, Verdict, compare
 from luthier.formats.note import TENSOR_FILE
 from luthier.registry import audit
 from luthier.registry.columns import DataState, Lifecycle, now
+from luthier.registry.copies import note_copy, run_of
 from luthier.registry.database import add_if_absent, take_lock
 from luthier.registry.intake import Intake, examine
 from luthier.registry.keeping import BlobVanishedError, keep_blob
@@ -37,7 +38,6 @@ from luthier.registry.schema import (
     AdapterVersion,
     BaseModel,
     Blocked,
-    CopyElsewhere,
     Dataset,
     DatasetParent,
     DatasetVersion,
@@ -105,14 +105,12 @@ def register(
     about: About | None = None,
     run_id: str | None = None,
     environment: Mapping[str, Any] | None = None,
-    copies: Sequence[tuple[str, str]] = (),
 ) -> Registered:
     """Make an adapter's folder the next version of `name`, which is made with `owner` where it is new.
 
     `datasets` are pairs (NAME:VERSION or a digest, role), with the roles train, preference, calibration and eval; where none is
     known, `no_data_reason` says why. `parents` are pairs (NAME:VERSION, relation), with the relations continued, merged,
     composed, distilled and generated_data. `base` is a fingerprint as JSON, for folders that bring none.
-    `copies` are pairs (kind, place) of other places where its bytes lie, which an erasure has to find: run, cache, tracker.
     Registering the same files with the same lineage again finds the version that is there.
     Raises: AdapterFormatError for a folder that is no sound adapter, RefusedError for data or bytes that are frozen, held or
     erased, and for tensors that are known with another lineage, RegistryError, BlobError, StorageError.
@@ -120,6 +118,8 @@ def register(
     check_name(name)
     found = examine(Path(folder))
     fingerprint = _fingerprint(found, base)
+    with registry.database.reading() as session:
+        _refuse_erased(session, found)
     for attempt in range(ATTEMPTS):
         _store(registry, found)
         try:
@@ -130,7 +130,7 @@ def register(
                     raise RegistryError(_no_data(found))
                 _refuse(session, found, lineage)
                 if there := _known(session, found, lineage, name):
-                    note_copies(session, there, copies)
+                    note_copy(session, "run", run_of(found.folder), version_id=there.id)
                     return Registered(name, there.version, found.manifest_digest, is_new=False)
                 adapter = _adapter(session, name, owner, tenant, actor)
                 version = AdapterVersion(
@@ -148,7 +148,7 @@ def register(
                 )
                 adapter.next_version += 1
                 _write(session, registry, version, found, lineage)
-                note_copies(session, version, copies)
+                note_copy(session, "run", run_of(found.folder), version_id=version.id)
                 reference = Registered(name, version.version, found.manifest_digest, is_new=True)
                 told = {"manifest": found.manifest_digest, "lineage": version.lineage_digest} | lineage.told()
                 session.add(Outbox(event="version.registered", payload={"name": name, "version": version.version} | told))
@@ -273,16 +273,29 @@ def _no_data(found: Intake) -> str:
 # --- what speaks against it --------------------------------------------------------------------------------------
 
 
+def _refuse_erased(session: Session, found: Intake) -> None:
+    """Raise RefusedError for files that were erased, before any byte of them is stored again."""
+    if faults := _erased(session, _file_digests(found)):
+        raise RefusedError(f"{found.folder} was not registered:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _erased(session: Session, digests: dict[str, str]) -> list[str]:
+    blocked = session.scalars(select(Blocked.digest).where(Blocked.digest.in_(digests)))
+    return [f"{digests[digest]} erased and may not come back ({digest[:16]})" for digest in blocked]
+
+
+def _file_digests(found: Intake) -> dict[str, str]:
+    return {found.manifest_digest: "these files were", **{file.sha256: f"{file.path} was" for file in found.files}}
+
+
 def _refuse(session: Session, found: Intake, lineage: _Lineage) -> None:
     """Raise RefusedError for bytes, data or parents that are erased, frozen or held; all of them listed.
 
     The rows of the data stay locked until the transaction ends: a freeze that comes now waits, and then finds this version.
     """
-    digests = {found.manifest_digest: "these files were", **{file.sha256: f"{file.path} was" for file in found.files}}
-    digests |= {version.digest: "data of this digest was" for version in lineage.data.values()}
+    digests = _file_digests(found) | {version.digest: "data of this digest was" for version in lineage.data.values()}
     digests |= dict.fromkeys(_recipe_data(found), "the data that its recipe names was")
-    blocked = session.scalars(select(Blocked.digest).where(Blocked.digest.in_(digests)))
-    faults = [f"{digests[digest]} erased and may not come back ({digest[:16]})" for digest in blocked]
+    faults = _erased(session, digests)
     for parent in lineage.parents.values():
         if parent.lifecycle is Lifecycle.ERASED:
             faults.append(f"its parent {name_of(parent)} is erased")
@@ -413,11 +426,3 @@ def _write(session: Session, registry: Registry, version: AdapterVersion, found:
     for row_id, relation in lineage.parents:
         session.add(AdapterParent(child_id=version.id, parent_id=row_id, relation=relation))
     session.flush()
-
-
-def note_copies(session: Session, version: AdapterVersion, copies: Sequence[tuple[str, str]]) -> None:
-    """Record that bytes of a version lie at other places too, pairs (kind, place); what is recorded already stays once."""
-    for kind, location in copies:
-        values = {"version_id": version.id, "kind": kind, "location": location}
-        if session.scalar(select(CopyElsewhere.id).filter_by(**values).limit(1)) is None:
-            session.add(CopyElsewhere(**values))

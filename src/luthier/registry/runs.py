@@ -1,7 +1,7 @@
 """A training run becomes a version: its data, recipe, scores, environment and base are read from its folder, nothing is asked.
 
-What the run folder holds besides the adapter (checkpoints, log) stays where it is and is noted as a copy elsewhere, so that an
-erasure finds it. Rows that the registry does not know are added as a data set named after their file; that they are still the
+What the run folder holds besides the adapter (checkpoints, log) stays where it is; `register` notes the place, so that an erasure
+finds it. Rows that the registry does not know are added as a data set named after their file; that they are still the
 rows that were trained on is checked by their digest.
 """
 
@@ -95,7 +95,6 @@ def register_run(
         about=about,
         run_id=run_id or (run.folder.name if run.folder else None),
         environment=run.environment,
-        copies=[("run", str(run.folder))] if run.folder else (),
         **more,
     )
 

@@ -1,0 +1,1 @@
+"""Erasure: `reach` says what has to go, `machine` carries it through, `removal` deletes, `proof` searches what is left."""
