@@ -9,7 +9,9 @@ from sqlalchemy import select
 
 from luthier.registry.columns import Audience, now
 from luthier.registry.decisions import record_gate
+from luthier.registry.manifest import FileEntry, digest_of, manifest_of
 from luthier.registry.place import Registry
+from luthier.registry.registering import lineage_of
 from luthier.registry.schema import Adapter, AdapterFile, AdapterVersion, BaseModel, Blob
 from luthier.registry.surfaces import add_surface, approve, find_surface
 from luthier.registry.versions import find_version, name_of
@@ -35,11 +37,12 @@ def add_version(registry: Registry, adapter: str = "orders", *, base: str | None
             session.add(line := Adapter(name=adapter, owner="team", next_version=1, created_by=by))
             session.flush()
         digest, size = registry.blobs.put_bytes(f"{adapter} {line.next_version}".encode())
+        files = [FileEntry("adapter_model.safetensors", size, digest)]
         session.add(Blob(digest=digest, size=size))
         version = AdapterVersion(
             adapter_id=line.id,
             version=line.next_version,
-            manifest_digest=sha256(digest.encode()).hexdigest(),
+            manifest_digest=digest_of(manifest_of(files)),
             lineage_digest="0" * 64,
             base_model_id=base and session.scalars(select(BaseModel.id).where(BaseModel.name == base)).one(),
             peft_type="LORA",
@@ -57,6 +60,7 @@ def add_version(registry: Registry, adapter: str = "orders", *, base: str | None
         session.add(version)
         session.flush()
         session.add(AdapterFile(version_id=version.id, path="adapter_model.safetensors", blob_digest=digest, size=size))
+        version.lineage_digest = digest_of(lineage_of(session, version))
         return name_of(version)
 
 

@@ -21,6 +21,7 @@ from luthier.registry.schema import AdapterVersion, BaseModel, EvalRun, GateDeci
 from luthier.registry.seals import check_seals
 from luthier.registry.signing import PublicKeys
 from luthier.registry.surfaces import SurfaceRules, rules_of, standing_words
+from luthier.registry.verifying import Status, verify
 from luthier.registry.versions import name_of
 
 HARD = frozenset({"lifecycle", "hold", "bytes", "current", "experiment"})
@@ -48,10 +49,9 @@ class Findings:
     base_verdict: BaseVerdict
 
 
-def damaged_files(registry: Registry, version: AdapterVersion) -> list[str]:
-    """Read every file of a version and return what is wrong with its bytes. Takes no lock."""
-    faults = [(file.path, registry.blobs.fault(file.blob_digest)) for file in version.files]
-    return [f"{path} {fault}" for path, fault in faults if fault]
+def damaged_files(registry: Registry, version: str) -> list[str]:
+    """Read every file of a version and return what `verify` finds wrong with it. Takes no lock."""
+    return [f"{check.name}: {check.told}" for check in verify(registry, version).checks if check.status is not Status.OK]
 
 
 def unmet_conditions(

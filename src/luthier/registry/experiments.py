@@ -297,8 +297,7 @@ def _running(session: Session, surface: Surface) -> Experiment:
 
 
 def _damaged(registry: Registry, references: Iterable[str]) -> dict[str, list[str]]:
-    with registry.database.reading() as session:
-        return {reference: damaged_files(registry, find_version(session, reference)) for reference in references}
+    return {reference: damaged_files(registry, reference) for reference in references}
 
 
 def _is_usable(version: AdapterVersion) -> bool:

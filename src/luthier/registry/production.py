@@ -65,6 +65,23 @@ def in_production(
     return [Served(*row) for row in session.execute(ordered)]
 
 
+def list_surfaces(session: Session) -> list[dict[str, Any]]:
+    """Return every surface with its rules and what serves it, by name."""
+    serves: dict[str, dict[str, int]] = {}
+    for one in in_production(session):
+        serves.setdefault(one.surface, {})[f"{one.name}:{one.version}"] = one.weight_bp
+    return [
+        {
+            "name": surface.name,
+            "audience": surface.audience.value,
+            "owner": surface.owner,
+            "rules": surface.rules,
+            "serves": serves.get(surface.name, {}),
+        }
+        for surface in session.scalars(select(Surface).order_by(Surface.name))
+    ]
+
+
 def history(session: Session, surface: str) -> list[Served]:
     """Return everything that has served a surface, oldest first."""
     rows = session.execute(_query().where(Surface.name == surface).order_by(Deployment.started_at, Deployment.id))

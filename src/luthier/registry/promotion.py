@@ -10,7 +10,7 @@ decides is read inside it, under the serving lock. `expected_current` makes two 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from luthier.core.errors import RefusedError, RegistryError
 from luthier.registry.audit import record, text_digest
 from luthier.registry.columns import Verdict, now
-from luthier.registry.conditions import Unmet, damaged_files, unmet_conditions, unmet_for_return
+from luthier.registry.conditions import Findings, Unmet, damaged_files, unmet_conditions, unmet_for_return
 from luthier.registry.place import Registry
 from luthier.registry.schema import AdapterVersion, Deployment, GateDecision, Surface
 from luthier.registry.signing import PublicKeys
@@ -70,7 +70,7 @@ def promote(
     people, the gate and the base have against it, never damaged bytes, a hold or a retirement.
     Raises: RefusedError that lists every rule that is not met.
     """
-    damaged = _damaged(registry, version)
+    damaged = damaged_files(registry, version)
     with registry.database.writing() as session:
         serving_lock(session)
         chosen, place = find_version(session, version), find_surface(session, surface)
@@ -84,6 +84,18 @@ def promote(
         rules = sorted({fault.rule for fault in findings.unmet})
         tell(session, "surface.promote", place, chosen, before, actor, forced=rules, reason=force_reason if forced else None)
         return Change(place.name, name_of(chosen), name_of(before) if before else None, findings.warnings, overruled)
+
+
+def findings_of(
+    registry: Registry, version: str, surface: str, *, expected_current: str | None = ANY, keys: PublicKeys | None = None
+) -> Findings:
+    """Return what `promote` would refuse at this moment, and what it would warn of; changes nothing."""
+    damaged = damaged_files(registry, version)
+    with registry.database.reading() as session:
+        chosen, place = find_version(session, version), find_surface(session, surface)
+        stale = _of_the_moment(session, chosen, place, current_deployment(session, place), expected_current)
+        found = unmet_conditions(session, chosen, place, damaged=damaged, keys=keys)
+        return replace(found, unmet=(*stale, *found.unmet))
 
 
 def rollback(
@@ -102,7 +114,7 @@ def rollback(
     with registry.database.reading() as session:
         place = find_surface(session, surface)
         planned = to or name_of(_predecessor(session, place))
-    damaged = _damaged(registry, planned)
+    damaged = damaged_files(registry, planned)
     with registry.database.writing() as session:
         serving_lock(session)
         place, chosen = find_surface(session, surface), find_version(session, planned)
@@ -171,11 +183,6 @@ def tell(
     announce(session, SURFACE_CHANGED, {"surface": surface.name, "manifest_digest": digest, **change})
     payload = {**change, "manifest_digest": digest, "forced": list(forced), "reason_digest": reason and text_digest(reason)}
     record(session, actor, action, f"surface/{surface.name}", payload)
-
-
-def _damaged(registry: Registry, version: str) -> list[str]:
-    with registry.database.reading() as session:
-        return damaged_files(registry, find_version(session, version))
 
 
 def _of_the_moment(

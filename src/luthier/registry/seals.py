@@ -5,6 +5,7 @@ for all bytes. Source: in-toto attestation, Statement v1.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from luthier.core.errors import SignatureError
 from luthier.registry.audit import record
+from luthier.registry.manifest import canonical_json
 from luthier.registry.schema import AdapterVersion, Signature
 from luthier.registry.signing import PublicKeys, Signed, key_id, sign, verify
 from luthier.registry.surfaces import subject
@@ -26,7 +28,7 @@ PREDICATE = "urn:luthier:adapter-version:1"
 def seal(session: Session, version: AdapterVersion, key: Ed25519PrivateKey, *, actor: str) -> dict[str, Any]:
     """Sign a version's manifest, keep the envelope and return it."""
     name = key_id(key.public_key())
-    envelope = sign(json.dumps(_statement(version), sort_keys=True, separators=(",", ":")).encode(), PAYLOAD_TYPE, key)
+    envelope = sign(canonical_json(_statement(version)), PAYLOAD_TYPE, key)
     session.add(Signature(digest=version.manifest_digest, key_id=name, envelope=envelope))
     record(session, actor, "version.sign", subject(version), {"key": name, "manifest_digest": version.manifest_digest})
     return envelope
@@ -49,6 +51,11 @@ def check_seals(session: Session, version: AdapterVersion, keys: PublicKeys) -> 
         faults.append(f"the signature by {signed.key_id} is over something else")
     unsigned = f"{name_of(version)} is not signed; sign it with: luthier registry sign {name_of(version)}"
     raise SignatureError("; ".join(faults) or unsigned)
+
+
+def sealed_by(keys: PublicKeys) -> Callable[[Session, AdapterVersion], Signed]:
+    """Return the check by these keys, in the form that `verify` takes."""
+    return lambda session, version: check_seals(session, version, keys)
 
 
 def _signatures(session: Session, version: AdapterVersion) -> list[Signature]:
