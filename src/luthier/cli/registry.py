@@ -9,8 +9,10 @@ from luthier.cli import (
     registry_experiments,
     registry_lineage,
     registry_look,
+    registry_rebase,
     registry_record,
     registry_serving,
+    registry_share,
     registry_store,
     registry_surfaces,
 )
@@ -27,6 +29,12 @@ registry_app.command("search")(registry_look.search)
 registry_app.command("verify")(registry_store.verify)
 registry_app.command("gc")(registry_store.gc)
 registry_app.command("doctor")(registry_store.doctor)
+registry_app.command("export-card")(registry_share.export_card)
+registry_app.command("export-bom")(registry_share.export_bom)
+registry_app.command("export")(registry_share.export)
+registry_app.command("push")(registry_share.push)
+registry_app.command("pull")(registry_share.pull)
+registry_app.command("rebase")(registry_rebase.rebase)
 registry_app.add_typer(registry_data.data_app, name="data")
 registry_app.command("trained-on")(registry_lineage.trained_on)
 registry_app.command("lineage")(registry_lineage.lineage)

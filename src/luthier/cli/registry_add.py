@@ -36,14 +36,18 @@ def add(
     registry: str | None = REGISTRY,
     as_json: bool = JSON,
 ) -> None:
-    """Add an adapter's folder as the next version of its name; the same folder again is the version that is there."""
-    console = make_console(as_json)
-    from luthier.cli.loading import adapter_folder
-    from luthier.registry.registering import About, register
+    """Add an adapter's folder as the next version of its name; the same folder again is the version that is there.
 
-    done = register(
+    Of a run's folder the data, recipe, scores and environment are recorded without --data: what it was trained on is added as
+    data sets, where the registry does not know these rows yet.
+    """
+    console = make_console(as_json)
+    from luthier.registry.registering import About
+    from luthier.registry.runs import register_run
+
+    done = register_run(
         opened(registry, create=True),
-        adapter_folder(folder),
+        folder,
         name=name,
         actor=caller(actor),
         owner=owner,

@@ -1,12 +1,16 @@
 """`luthier train`: flags and one TOML file to a training run."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from luthier.cli.output import JSON, make_console, print_json, quiet_transformers
-from luthier.core.errors import ConfigError
+from luthier.cli.registry_opening import REGISTRY, caller, opened
+from luthier.core.errors import ConfigError, LuthierError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def train(
@@ -34,11 +38,17 @@ def train(
     prompt: str | None = typer.Option(None, help="Jinja template over a row's columns for the request."),
     completion: str | None = typer.Option(None, help="Jinja template over a row's columns for the answer."),
     system: str | None = typer.Option(None, help="System message for every row that has none."),
+    register: str | None = typer.Option(
+        None, "--register", metavar="NAME", help="Register the finished adapter as the next version of NAME, with its data."
+    ),
+    owner: str | None = typer.Option(None, help="With --register: who answers for a new NAME and new data. Default: who calls."),
+    registry: str | None = REGISTRY,
     settings: list[str] = typer.Option([], "--set", "-s", help="Any other setting, as in -s train.accumulate=4; repeat it."),
     as_json: bool = JSON,
 ) -> None:
     """Train a LoRA adapter on a file of examples. Ctrl-C stops at a checkpoint that --resume carries on from."""
     console = make_console(as_json)
+    _check_registering(register, owner, registry, dry_run=dry_run)
     flags: dict[str, Any] = {
         "model": model,
         "out": out,
@@ -85,10 +95,41 @@ def train(
                 print_json({"settings": resolved.model_dump(mode="json"), "preflight": found.as_dict()})
             return
         outcome = start(resolved, console=console)
+    registered = None
+    if register is not None and outcome.summary["ended"] != "interrupted":
+        registered = _register(outcome.summary["run"], register, owner, registry, console)
     if as_json:
-        print_json(outcome.summary | {"preflight": outcome.preflight.as_dict()})
+        told = {"registered": registered} if registered else {}
+        print_json(outcome.summary | {"preflight": outcome.preflight.as_dict()} | told)
     if outcome.summary["ended"] == "interrupted":
         raise typer.Exit(130)
+
+
+def _check_registering(name: str | None, owner: str | None, registry: str | None, *, dry_run: bool) -> None:
+    """Find out before the training what would keep its adapter from being registered after it."""
+    if name is None:
+        if given := ["--owner"] * (owner is not None) + ["--registry"] * (registry is not None):
+            raise ConfigError(f"{' and '.join(given)} would have no effect without --register NAME")
+        return
+    if dry_run:
+        raise ConfigError("--register would have no effect with --dry-run; leave one of the two out")
+    from luthier.registry.registering import check_name
+
+    check_name(name)
+    opened(registry, create=True)
+
+
+def _register(run: str, name: str, owner: str | None, registry: str | None, console: "Console") -> str:
+    from luthier.registry.runs import register_run
+
+    actor = caller(None)
+    try:
+        done = register_run(opened(registry), run, name=name, actor=actor, owner=owner, default_owner=actor)
+    except LuthierError:
+        console.print(f"The run is finished and safe. To register it: luthier registry add {run} --name {name}", soft_wrap=True)
+        raise
+    console.print(f"Registered as {done.reference}", highlight=False, soft_wrap=True)
+    return done.reference
 
 
 def init_value(name: str | None) -> bool | str | None:

@@ -42,7 +42,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.core.errors import ModelError
 from luthier.formats.sketch import Rounding, compare_sketches
@@ -181,10 +181,6 @@ def compare(recorded: Fingerprint | None, base: Fingerprint) -> Comparison:
         return Comparison(Verdict.UNKNOWN, "no fingerprint of a base was recorded")
     if recorded.scheme != base.scheme:
         return Comparison(Verdict.UNKNOWN, f"its fingerprint was taken by another scheme ({recorded.scheme}, here {base.scheme})")
-    if recorded.scheme != base.scheme:
-        return Comparison(
-            Verdict.UNKNOWN, f"the recorded fingerprint is of scheme {recorded.scheme!r}, this one of {base.scheme!r}"
-        )
     if recorded.arch_digest != base.arch_digest:
         return Comparison(Verdict.MISMATCH, f"another architecture: {_arch_difference(recorded.arch, base.arch)}")
     strangers = (recorded.anchors | recorded.matrices).keys() ^ (base.anchors | base.matrices).keys()
@@ -201,6 +197,21 @@ def compare(recorded: Fingerprint | None, base: Fingerprint) -> Comparison:
             "of the same architecture",
         )
     return _judge_matrices(recorded, base)
+
+
+def verdict(recorded: Mapping[str, Any] | None, base: Mapping[str, Any]) -> Comparison:
+    """Judge two fingerprints as JSON values, as luthier.json and the registry keep them; see `compare`. Loads no torch.
+
+    Raises: ModelError if one of them is no fingerprint.
+    """
+    return compare(_parsed(recorded, "the recorded base") if recorded else None, _parsed(base, "this base"))
+
+
+def _parsed(values: Mapping[str, Any], whose: str) -> Fingerprint:
+    try:
+        return Fingerprint.model_validate(values)
+    except ValidationError as error:
+        raise ModelError(f"the fingerprint of {whose} is damaged: {error}. Take it again from the model.") from error
 
 
 def full_digest(path: Path) -> str:
@@ -335,7 +346,8 @@ def _judge_matrices(recorded: Fingerprint, base: Fingerprint) -> Comparison:
         if not wrong:
             return Comparison(
                 Verdict.QUANTISED_OF,
-                f"the norms agree and the sampled values of the {len(shown)} differing tensors are the recorded ones, quantised",
+                f"the norms agree and the sampled values of the {len(shown)} differing tensors are the recorded ones, quantised "
+                f"to {_bits(forward)}",
             )
         fault = f"the norms agree and {len(shown)} tensors are quantised, but {wrong} the recorded ones rounded"
         refused = Comparison(Verdict.MISMATCH, f"{fault}: a quantised copy of a fine-tuned or merged base")
@@ -355,6 +367,11 @@ def _judge_matrices(recorded: Fingerprint, base: Fingerprint) -> Comparison:
             f"the recorded base was a quantised copy of this one: the norms agree and {len(shown)} tensors round to it",
         )
     return refused
+
+
+def _bits(evidence: list[Rounding]) -> str:
+    kinds = {item.is_eight_bit for item in evidence}
+    return " and ".join("8 bits" if eight else "5 bits or fewer" for eight in sorted(kinds))
 
 
 def _roundings(names: list[str], original: Fingerprint, rounded: Fingerprint) -> list[Rounding]:

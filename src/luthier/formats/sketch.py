@@ -37,6 +37,8 @@ class Rounding:
     """How many original values lie outside their level's cell."""
     spread: float
     """Median distance from a level as a share of its cell: about 0.5 after rounding, near 0 for a small change of the levels."""
+    is_eight_bit: bool = False
+    """It lies on an 8-bit grid; else on so few levels that 5 bits hold them."""
 
 
 def compare_sketches(name: str, original: str, rounded: str) -> Rounding:
@@ -46,13 +48,14 @@ def compare_sketches(name: str, original: str, rounded: str) -> Rounding:
     if x.shape != y.shape or not x.size or np.array_equal(x, y):
         return Rounding(kind, False, int(x.size), 0, 0.0)
     is_near = bool(np.linalg.norm(x - y) <= FARTHEST * np.linalg.norm(x))
-    wrong, depths, all_on_levels = 0, [], True
+    wrong, depths, all_on_levels, is_eight_bit = 0, [], True, False
     for start in range(0, x.size, GROUP):
         group_x, group_y = x[start : start + GROUP], y[start : start + GROUP]
         if np.unique(group_y).size <= max(1, FEW_LEVELS * group_y.size // GROUP):
             half_up, half_down = _cells(group_y)
         elif (step := _eight_bit_step(group_y)) > 0:
             half_up = half_down = np.full(group_y.size, step / 2)
+            is_eight_bit = True
         else:
             all_on_levels = False
             break
@@ -64,7 +67,7 @@ def compare_sketches(name: str, original: str, rounded: str) -> Rounding:
     if not all_on_levels or not is_near:
         return Rounding(kind, False, int(x.size), 0, 0.0)
     depth = np.concatenate(depths)
-    return Rounding(kind, True, int(x.size), wrong, float(np.median(depth)) if depth.size else 0.0)
+    return Rounding(kind, True, int(x.size), wrong, float(np.median(depth)) if depth.size else 0.0, is_eight_bit)
 
 
 def _decode(text: str) -> Floats:

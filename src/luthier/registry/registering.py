@@ -115,7 +115,7 @@ def register(
     Raises: AdapterFormatError for a folder that is no sound adapter, RefusedError for data or bytes that are frozen, held or
     erased, and for tensors that are known with another lineage, RegistryError, BlobError, StorageError.
     """
-    _check_name(name)
+    check_name(name)
     found = examine(Path(folder))
     fingerprint = _fingerprint(found, base)
     with registry.database.reading() as session:
@@ -181,7 +181,8 @@ def lineage_of(session: Session, version: AdapterVersion) -> dict[str, Any]:
 # --- what the files and the caller say ---------------------------------------------------------------------------
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise RegistryError for what cannot name an adapter."""
     if not _NAME.fullmatch(name):
         raise RegistryError(f"{name!r} cannot name an adapter; needed are letters, digits, '.', '_', '-' and '/', no ':'")
 
@@ -217,10 +218,10 @@ def _lineage(
 ) -> _Lineage:
     recipe = found.note.get("recipe") or {}
     data = {(version.id, role): version for named, role in datasets for version in _data_versions(session, named)}
-    if isinstance(digest := recipe.get("data_digest"), str):
+    for digest, role in _recipe_data(found).items():
         for version in session.scalars(select(DatasetVersion).filter_by(digest=digest)):
             if version.id not in {row_id for row_id, _ in data}:
-                data[version.id, "train"] = version
+                data[version.id, role] = version
     made_of = {(version.id, relation): version for named, relation in parents for version in [find_version(session, named)]}
     if isinstance(cut := recipe.get("truncated"), dict):
         for parent in _by_tensors(session, ((cut.get("parent") or {}).get("files") or {}).get(TENSOR_FILE)):
@@ -252,9 +253,17 @@ def _by_tensors(session: Session, digest: str | None) -> list[AdapterVersion]:
     return list(session.scalars(query.order_by(AdapterVersion.id).limit(1))) if digest else []
 
 
+def _recipe_data(found: Intake) -> dict[str, str]:
+    """Digest -> role of the rows that the recipe names. Older recipes hold one digest, of all rows together."""
+    recipe = found.note.get("recipe") or {}
+    if isinstance(told := recipe.get("data_digests"), dict):
+        return {digest: role for role, digest in told.items()}
+    return {digest: "train"} if isinstance(digest := recipe.get("data_digest"), str) else {}
+
+
 def _no_data(found: Intake) -> str:
-    digest = (found.note.get("recipe") or {}).get("data_digest")
-    trained = f" Its recipe names rows with the digest {digest}, which this registry does not know." if digest else ""
+    digests = ", ".join(_recipe_data(found))
+    trained = f" Its recipe names rows with the digest {digests}, which this registry does not know." if digests else ""
     return (
         f"Say what {found.folder} learned from.{trained} Name a data set (--data NAME:VERSION), or say why none can be named "
         "(--no-data REASON)."
@@ -285,8 +294,7 @@ def _refuse(session: Session, found: Intake, lineage: _Lineage) -> None:
     The rows of the data stay locked until the transaction ends: a freeze that comes now waits, and then finds this version.
     """
     digests = _file_digests(found) | {version.digest: "data of this digest was" for version in lineage.data.values()}
-    if isinstance(digest := (found.note.get("recipe") or {}).get("data_digest"), str):
-        digests[digest] = "the data that its recipe names was"
+    digests |= dict.fromkeys(_recipe_data(found), "the data that its recipe names was")
     faults = _erased(session, digests)
     for parent in lineage.parents.values():
         if parent.lifecycle is Lifecycle.ERASED:

@@ -203,6 +203,7 @@ class Trainer:
         """Write the adapter as it is now, with the recipe that makes it again."""
         recipe = self.prepared.settings.model_dump(mode="json", exclude={"out"})
         recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.adapter_step or self.progress.step
+        recipe["data_digests"] = self.prepared.rows.digests
         save_adapter(self.model, path, ADAPTER, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
 
     def take_best(self) -> None:

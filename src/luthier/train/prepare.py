@@ -50,6 +50,8 @@ class Rows:
     held_out_examples: list[Example]
     description: str
     digest: str
+    digests: dict[str, str] = field(default_factory=dict)
+    """Role (train, eval) -> digest of the rows that were read for it; `digest` is of all of them."""
 
 
 @dataclass
@@ -132,18 +134,19 @@ def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", se
     templates: dict[str, Any] = {"prompt_template": data.prompt, "completion_template": data.completion, "system": data.system}
     description = "columns through the templates of [data]" if data.prompt else sniff_format(rows.rows).description
     examples = to_examples(rows.rows, **templates)
-    digest = rows.digest
+    digest, digests = rows.digest, {"train": rows.digest}
     if data.eval_path is not None:
         held_out_rows = read_rows(data.eval_path)
         held_out = to_examples(held_out_rows.rows, **templates)
         digest = hashlib.sha256((digest + held_out_rows.digest).encode()).hexdigest()
+        digests["eval"] = held_out_rows.digest
     else:
         train_index, held_out_index = split_rows(len(examples), data.eval_fraction, seed)
         held_out = [examples[index] for index in held_out_index]
         examples = [examples[index] for index in train_index]
     train_set = encode(examples, tokenizer, max_length=data.max_length)
     held_out_set = encode(held_out, tokenizer, max_length=data.max_length) if held_out else None
-    return Rows(train_set, held_out_set, held_out, description, digest)
+    return Rows(train_set, held_out_set, held_out, description, digest, digests)
 
 
 def check_rows_fit(rows: Rows, model: "PreTrainedModel") -> None:

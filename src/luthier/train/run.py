@@ -15,6 +15,7 @@ from rich.console import Console
 from luthier.adapt.ranks import live_ranks
 from luthier.adapt.state import base_parameters
 from luthier.core.atomic import write_atomic
+from luthier.core.environment import environment
 from luthier.core.errors import CheckpointError, MissingExtraError
 from luthier.data.preview import preview
 from luthier.ops.packed import stored_bytes
@@ -137,9 +138,16 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "base_bytes": sum(stored_bytes(tensor) for _, tensor in base_parameters(prepared.base.model)),
         "plot": plot or None,
         "note": note,
+        "environment": environment(),
+        "data": {role: _place(path) for role, path in (("train", data.path), ("eval", data.eval_path)) if path is not None},
         "ranks": _ranks(trainer),
         "next": [f"luthier train --resume {folder.path}"] if ended == "interrupted" else [judge, ask],
     }
+
+
+def _place(source: str) -> str:
+    """A file by its whole path, so that it is found from anywhere; a Hub data set by its name."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def _ranks(trainer: Trainer) -> dict[str, Any] | None:

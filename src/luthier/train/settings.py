@@ -2,7 +2,7 @@
 
 import hashlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -160,6 +160,22 @@ def read_settings(path: str | Path | None, overrides: dict[str, Any] | None = No
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     return RunSettings(**_merged(values, _without_none(overrides or {})))
+
+
+def settings_of_recipe(
+    recipe: Mapping[str, Any], *, model: str, out: str, places: Mapping[str, str] | None = None
+) -> RunSettings:
+    """Return the settings of the run that wrote `recipe`, for another base and folder; `places`: where rows lie (train, eval).
+
+    Raises: ConfigError if the recipe holds what this version does not know.
+    """
+    values = {key: value for key, value in recipe.items() if key in RunSettings.model_fields}
+    lora = {key: value for key, value in values["lora"].items() if key not in ("base_model_name_or_path", "revision")}
+    data = dict(values["data"])
+    for role, key in (("train", "path"), ("eval", "eval_path")):
+        if places and role in places and data.get(key):
+            data[key] = places[role]
+    return RunSettings(**_without_none(values | {"model": model, "out": out, "lora": lora, "data": data}))
 
 
 def _twice(r: Any) -> int:

