@@ -4,9 +4,10 @@ SQLite's own transactions lose writers: of 240 inserts that 6 processes made by 
 failed, even with a busy timeout. In WAL mode with BEGIN IMMEDIATE for whoever writes, none did. So there are two ways in:
 `reading` never blocks and never locks, `writing` takes the one write lock first. SQLite's own wait for that lock asks again and
 again, and is not fair: of 8 writers on a busy machine one got no turn within 60 seconds. So writers queue for a lock of the
-kernel's on a file beside the database, which wakes them in turn and lets go when its holder dies. On PostgreSQL both are ordinary transactions,
-and whoever takes a number locks the row that holds it. What has no row to lock (the end of the audit chain, the schema, the
-store of blobs against its sweeper) has a lock of its own: `take_lock`.
+kernel's on a file beside the database, which wakes them in turn and lets go when its holder dies.
+
+On PostgreSQL both are ordinary transactions, and whoever takes a number locks the row that holds it. What has no row to lock (the
+end of the audit chain, the schema, the store of blobs against its sweeper) has a lock of its own: `take_lock`.
 """
 
 import fcntl
@@ -59,18 +60,19 @@ class Database:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        if not self.is_sqlite:
+        if not self.is_sqlite or not self.url.database:
             yield
             return
-        # Waiting for oneself would last for ever.
-        assert not getattr(_mine, "writes", False), "a writing session inside a writing session"
-        handle = os.open(f"{self.url.database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = f"{self.url.database}.lock"
+        held = _mine.__dict__.setdefault("held", set())
+        assert file not in held, "a writing session inside a writing session would wait for itself for ever"
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            _mine.writes = True
+            held.add(file)
             yield
         finally:
-            _mine.writes = False
+            held.discard(file)
             os.close(handle)
 
 
