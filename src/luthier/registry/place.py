@@ -23,6 +23,7 @@ from luthier.registry.database import Database, open_database
 from luthier.registry.migrations import current_revision, migrate
 
 FILE = "registry.sqlite3"
+MOUNTS = Path("/proc/self/mounts")
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "afs", "lustre", "beegfs"})
 
 
@@ -52,6 +53,8 @@ def open_registry(place: str | Path | None = None, *, create: bool = False) -> R
     With `create` it is made where there is none. Raises: RegistryError if there is none or it cannot be reached.
     """
     url, blobs = _split(str(place or default_place()))
+    if url.get_backend_name() not in ("sqlite", "postgresql", "postgres"):
+        raise RegistryError(f"{place} cannot hold a registry; needed a folder, sqlite:///FILE or postgresql://USER@HOST/NAME")
     is_file = url.get_backend_name() == "sqlite"
     shown = str(url.database) if is_file else url.render_as_string(hide_password=True)
     if is_file:
@@ -70,8 +73,11 @@ def open_registry(place: str | Path | None = None, *, create: bool = False) -> R
         if not create and current_revision(database) is None:
             raise RegistryError(f"There is no registry at {shown}. {_WAY_OUT}")
         migrate(database)
-    except DatabaseError as error:
-        raise RegistryError(f"The registry at {shown} cannot be opened: {error.orig}") from error
+    except BaseException as error:
+        database.engine.dispose()
+        if isinstance(error, DatabaseError):
+            raise RegistryError(f"The registry at {shown} cannot be opened: {error.orig}") from error
+        raise
     return Registry(shown, database, open_blobs(blobs), cache)
 
 
@@ -115,7 +121,7 @@ def _check_file(file: Path, create: bool) -> None:
 def _file_system(folder: Path) -> str | None:
     """The kind of file system a folder lies on, where the kernel tells (Linux)."""
     try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
+        lines = MOUNTS.read_text().splitlines()
     except OSError:
         return None
     mounts = {Path(words[1].replace("\\040", " ")): words[2] for line in lines if len(words := line.split()) > 2}

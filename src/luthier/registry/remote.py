@@ -7,7 +7,7 @@ every version and every marker, looks again, and fails if anything remains (a le
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -57,13 +57,15 @@ class RemoteBlobs(BlobStore):
 
     def size(self, digest: str) -> int | None:
         try:
-            return int(self.files.info(self._path(digest))["size"])
+            with self._reached():
+                return int(self.files.info(self._path(digest))["size"])
         except FileNotFoundError:
             return None
 
     def open(self, digest: str) -> BinaryIO:
         try:
-            return cast(BinaryIO, self.files.open(self._path(digest), "rb"))
+            with self._reached():
+                return cast(BinaryIO, self.files.open(self._path(digest), "rb"))
         except FileNotFoundError as error:
             raise self._missing(digest) from error
 
@@ -109,12 +111,22 @@ class RemoteBlobs(BlobStore):
         return f"{self.root}/{_relative(digest)}"
 
     def _write(self, source: Path, digest: str) -> None:
-        try:
+        with self._reached():
             self.files.put_file(os.fspath(source), self._path(digest), mode="create")
-        except FileExistsError:
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Tell a store that refuses or does not answer as a StorageError; that something is (not) there passes through."""
+        try:
+            yield
+        except (FileExistsError, FileNotFoundError):
             raise
         except OSError as error:
-            raise StorageError(error.errno, f"not stored: {error.strerror or error}", self.place) from error
+            raise StorageError(error.errno, f"not reached: {error.strerror or error}", self.place) from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+                raise
+            raise StorageError(f"{self.place} was not reached: {error}. Check the address and the keys.") from error
 
     def _delete_versions(self, path: str) -> None:
         bucket, _, key = path.partition("/")

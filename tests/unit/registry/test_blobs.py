@@ -180,6 +180,13 @@ def test_a_delete_that_retention_forbids_fails_loudly(s3_place: str, source: Pat
     assert blobs.read(DIGEST) == DATA
 
 
+def test_a_store_that_does_not_answer_is_told_as_such(s3_place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens on the port "discard"
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StorageError, match="not reached"):
+        open_blobs(f"{s3_place}/elsewhere").size(DIGEST)
+
+
 def test_uploads_in_parts_that_were_not_finished_are_found_and_removed(s3_place: str) -> None:
     import boto3
 

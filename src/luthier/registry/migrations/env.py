@@ -4,10 +4,11 @@ from alembic import context
 
 from luthier.registry.columns import Row
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=Row.metadata,
-    render_as_batch=True,
-    transactional_ddl=True,  # SQLite's too: the driver begins nothing by itself here
-)
-context.run_migrations()
+if hasattr(context, "config"):  # else nobody upgrades, and something that walks the package imported this file
+    context.configure(
+        connection=context.config.attributes["connection"],
+        target_metadata=Row.metadata,
+        render_as_batch=True,
+        transactional_ddl=True,  # SQLite's too: the driver begins nothing by itself here
+    )
+    context.run_migrations()
