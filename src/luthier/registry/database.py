@@ -61,18 +61,19 @@ class Database:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        if not self.is_sqlite:
+        if not self.is_sqlite or not self.url.database:
             yield
             return
-        # Waiting for oneself would last for ever.
-        assert not getattr(_mine, "writes", False), "a writing session inside a writing session"
-        handle = os.open(f"{self.url.database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = f"{self.url.database}.lock"
+        held = _mine.__dict__.setdefault("held", set())
+        assert file not in held, "a writing session inside a writing session would wait for itself for ever"
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            _mine.writes = True
+            held.add(file)
             yield
         finally:
-            _mine.writes = False
+            held.discard(file)
             os.close(handle)
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
+
+from luthier.registry.place import Registry
 
 
 @pytest.fixture
@@ -36,3 +39,14 @@ def test_killed_writers_leave_no_dangling_row_and_no_half_version(root: Path, pl
     assert (found["kills"], found["dangling_rows"], found["half_versions"], found["faults_before_gc"]) == (12, 0, 0, 0)
     assert found["contiguous"] and found["versions"] >= found["answered"]
     assert found["findings_after_gc"] == 0 and found["bytes_sound"]
+
+
+def test_a_writer_inside_a_writer_is_an_error_and_not_an_endless_wait(registry: Registry) -> None:
+    with (
+        registry.database.writing(),
+        pytest.raises(AssertionError, match="inside a writing session"),
+        registry.database.writing(),
+    ):
+        pass
+    with registry.database.writing() as session:  # and whoever comes afterwards gets a turn
+        assert session.scalar(text("SELECT count(*) FROM adapter")) == 0
