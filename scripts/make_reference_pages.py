@@ -62,7 +62,8 @@ def settings_models() -> list[type]:
     from luthier.core.settings import Settings
 
     for module in pkgutil.walk_packages(luthier.__path__, "luthier."):
-        importlib.import_module(module.name)
+        if ".migrations." not in module.name:  # Alembic runs those, nobody imports them
+            importlib.import_module(module.name)
 
     def below(model: type) -> Iterator[type]:
         child: type

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import text
 from tests.tiny_run import save_tiny_model
 
 ROWS = [
@@ -128,3 +130,30 @@ def test_variants_do_not_mix_runs_of_other_arguments(root: Path, folder: Path) -
     with pytest.raises(AssertionError, match="steps was 2, is now 3"):
         result_of(root, folder, "variants.py", *size, "--steps", "3")
     assert (folder / "runs.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_registry_promotions_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "registry_promotions.py", "--kills", "12", "--longest", "0.2")
+    assert result["kills"] == 12 and result["changes"] > 12
+    assert result["faults"] == []
+
+
+def test_registry_promotions_sees_what_is_half_done(root: Path, tmp_path: Path) -> None:
+    benchmark = runpy.run_path(str(root / "benchmarks/registry_promotions.py"))
+    versions = benchmark["prepare"](str(tmp_path / "registry"), tmp_path)
+    registry = benchmark["open_registry"](tmp_path / "registry")
+
+    def faults_after(statement: str) -> str:
+        with registry.database.writing() as session:
+            session.execute(text(statement))
+        return "\n".join(benchmark["look"](registry, told=1)[0])
+
+    benchmark["promote"](registry, versions[1], "shop", actor="dan")
+    assert benchmark["look"](registry, told=2) == ([], 2)
+    assert "3 changes were confirmed" in str(benchmark["look"](registry, told=3))
+    assert "alias" in faults_after("UPDATE alias SET version_id = 1, adapter_id = 1")
+    assert "in the outbox" in faults_after("DELETE FROM outbox WHERE event = 'surface.changed'")
+    assert "served from" in faults_after("UPDATE deployment SET started_at = '2030-01-01 00:00:00.000000' WHERE ended_at IS NULL")
+    assert "open weights are [10000, 10000]" in faults_after("UPDATE deployment SET ended_at = NULL")
+    registry.database.engine.dispose()

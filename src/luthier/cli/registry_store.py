@@ -1,6 +1,7 @@
 """`luthier registry verify | gc | doctor`: are the stored bytes sound, and do rows and store agree?"""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -17,11 +18,14 @@ def verify(
     reference: str | None = typer.Argument(None, metavar="NAME[:VERSION|:ALIAS]", help="A version. Default: all stored bytes."),
     level: str = typer.Option("sha256", help="size: every file is there at its length; sha256: every byte is hashed."),
     base: str | None = typer.Option(None, help="Base model at hand: is it the one that the version was trained on?"),
+    trusted: Path | None = typer.Option(None, help="Folder of public keys (*.pub): did one of them sign the version?"),
     registry: str | None = REGISTRY,
     as_json: bool = JSON,
 ) -> None:
     """Verify what is stored. Exit status: 0 sound, 1 something failed, 2 could not be read, 3 inconclusive."""
     console = make_console(as_json)
+    from luthier.registry.seals import sealed_by
+    from luthier.registry.signing import trusted_keys
     from luthier.registry.verifying import Level, verify_store
     from luthier.registry.verifying import verify as verify_version
 
@@ -29,13 +33,16 @@ def verify(
         raise ConfigError(f"--level is {level!r}; needed one of {', '.join(Level)}")
     if base is not None and reference is None:
         raise ConfigError("--base has no effect without a version; name one.")
+    if trusted is not None and reference is None:
+        raise ConfigError("--trusted has no effect without a version; name one.")
     try:
         store = opened(registry)
+        check_seal = sealed_by(trusted_keys(trusted)) if trusted else None
         fingerprint = fingerprint_of_base(base, console) if base else None
         if reference is None:
             report = verify_store(store, level=Level(level))
         else:
-            report = verify_version(store, reference, level=Level(level), base=fingerprint)
+            report = verify_version(store, reference, level=Level(level), base=fingerprint, check_seal=check_seal)
     except LuthierError as error:
         report_error(error, as_json=as_json)
         raise typer.Exit(UNREADABLE) from error

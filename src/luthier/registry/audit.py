@@ -9,7 +9,6 @@ rule was overruled, why a version is held) stays in its own row, where an erasur
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from sqlalchemy.orm import Session
 from luthier.core.errors import RegistryError
 from luthier.registry.columns import now
 from luthier.registry.database import take_lock
+from luthier.registry.manifest import digest_of
 from luthier.registry.schema import AuditEvent
 
 BEGINNING = "0" * 64
@@ -70,7 +70,7 @@ def event_hash(event: AuditEvent) -> str:
     """Return the hash that an event must have."""
     moment = event.created_at.astimezone(UTC).isoformat()  # a server gives moments in the zone of the connection
     told = [event.previous_hash, moment, event.actor, event.action, event.subject, event.payload]
-    return text_digest(json.dumps(told, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+    return digest_of(told)
 
 
 def text_digest(text: str) -> str:

@@ -48,7 +48,9 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """Give a session that sees one state of the registry and writes nothing."""
-        with Session(self.engine) as session:
+        # SQLite shows one state for as long as a transaction lasts, PostgreSQL by default another one to every statement.
+        engine = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
+        with Session(engine) as session:
             yield session
 
     @contextmanager

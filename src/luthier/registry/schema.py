@@ -273,7 +273,7 @@ class Surface(Row):
 
 
 class Experiment(Row):
-    """An A/B experiment on a surface. A new epoch begins when its arms change, so that exposures are never mixed."""
+    """An A/B experiment on a surface. A new epoch begins when arms or weights change, so that exposures are never mixed."""
 
     __tablename__ = "experiment"
     __table_args__ = (UniqueConstraint("surface_id", "name"),)

@@ -10,6 +10,7 @@ caller gives, never by what an envelope says of itself. Sources: DSSE v1 (github
 import base64
 import binascii
 import hashlib
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from luthier.core.atomic import write_atomic
 from luthier.core.errors import SignatureError
+from luthier.models.cache import luthier_home
 
 PUBLIC_SUFFIX = ".pub"
 
@@ -43,6 +45,15 @@ class Signed:
     payload: bytes
     payload_type: str
     key_id: str
+
+
+def default_trusted() -> Path:
+    """Return the folder of trusted public keys: $LUTHIER_TRUSTED_KEYS, or trusted-keys in luthier's home.
+
+    It is no part of a registry: who may write there must not be able to say whom to trust.
+    """
+    given = os.environ.get("LUTHIER_TRUSTED_KEYS")
+    return Path(given).expanduser() if given else luthier_home() / "trusted-keys"
 
 
 def key_id(key: Ed25519PublicKey) -> str:

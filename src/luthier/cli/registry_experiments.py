@@ -1,0 +1,134 @@
+"""`luthier registry experiment`: A/B experiments on a surface."""
+
+from typing import Any
+
+import typer
+
+from luthier.cli.output import JSON, make_console, print_json
+from luthier.cli.registry_opening import ACTOR, REGISTRY, caller, opened, table_of
+from luthier.core.errors import ConfigError
+
+experiment_app = typer.Typer(
+    help="A/B experiments: versions that share a surface for a while.", no_args_is_help=True, rich_markup_mode=None
+)
+SURFACE = typer.Argument(help="The surface.")
+ARM = typer.Option(
+    ...,
+    "--arm",
+    metavar="NAME:VERSION=SHARE",
+    help="An arm and its share in basis points (1000 is 10 %); the control keeps the rest.",
+)
+
+
+@experiment_app.command("start")
+def start(
+    surface: str = SURFACE,
+    name: str = typer.Argument(help="The experiment's name."),
+    arm: list[str] = ARM,
+    unit: str = typer.Option("user", help="What keeps its arm: user, session, tenant."),
+    metric: str | None = typer.Option(None, help="Guardrail: what is watched, such as rating."),
+    worse_by: float | None = typer.Option(None, min=0, help="Guardrail: how much worse than the control an arm may be."),
+    lower_is_better: bool = typer.Option(False, "--lower-is-better", help="Guardrail: less of the metric is better."),
+    exposures: int = typer.Option(100, min=1, help="Guardrail: units that must have seen an arm before it counts."),
+    actor: str | None = ACTOR,
+    registry: str | None = REGISTRY,
+    as_json: bool = JSON,
+) -> None:
+    """Begin an experiment: what serves the surface is the control, and every arm must be allowed to serve by itself."""
+    from luthier.registry.experiments import Guardrail, start_experiment
+
+    if (metric is None) != (worse_by is None):
+        raise ConfigError("a guardrail takes both --metric and --worse-by")
+    watched = None
+    if metric is not None and worse_by is not None:
+        watched = Guardrail(metric=metric, worse_by=worse_by, higher_is_better=not lower_is_better, exposures=exposures)
+    store = opened(registry)
+    start_experiment(store, surface, name, _weights(arm), actor=caller(actor), unit=unit, guardrail=watched, keys=_keys())
+    _show(store, surface, name, as_json)
+
+
+@experiment_app.command("weights")
+def weights(
+    surface: str = SURFACE,
+    arm: list[str] = ARM,
+    actor: str | None = ACTOR,
+    registry: str | None = REGISTRY,
+    as_json: bool = JSON,
+) -> None:
+    """Give the running experiment other shares or other arms; exposures are counted anew."""
+    from luthier.registry.experiments import change_weights
+
+    store = opened(registry)
+    changed = change_weights(store, surface, _weights(arm), actor=caller(actor), keys=_keys())
+    _show(store, surface, changed.name, as_json)
+
+
+@experiment_app.command("stop")
+def stop(
+    surface: str = SURFACE,
+    reason: str = typer.Option("", help="Why; the audit chain keeps its digest."),
+    actor: str | None = ACTOR,
+    registry: str | None = REGISTRY,
+    as_json: bool = JSON,
+) -> None:
+    """End the running experiment; the control serves alone again. An arm that won is promoted then."""
+    from luthier.registry.experiments import find_experiment, stop_experiment
+    from luthier.registry.surfaces import find_surface
+
+    store = opened(registry)
+    with store.database.writing() as session:
+        experiment = find_experiment(session, find_surface(session, surface))
+        stop_experiment(session, experiment, actor=caller(actor), reason=reason)
+    _show(store, surface, experiment.name, as_json)
+
+
+@experiment_app.command("status")
+def status(
+    surface: str = SURFACE,
+    name: str | None = typer.Option(None, help="An experiment that has ended. Default: the one that runs."),
+    registry: str | None = REGISTRY,
+    as_json: bool = JSON,
+) -> None:
+    """Show an experiment: its arms, what they were given and what they got."""
+    _show(opened(registry), surface, name, as_json)
+
+
+def _show(store: Any, surface: str, name: str | None, as_json: bool) -> None:
+    console = make_console(as_json)
+    from luthier.registry.experiments import experiment_status, find_experiment
+    from luthier.registry.surfaces import find_surface
+
+    with store.database.reading() as session:
+        told = experiment_status(session, find_experiment(session, find_surface(session, surface), name))
+    if as_json:
+        print_json(told)
+        return
+    ended = f", ended {told['ended_at']:%Y-%m-%d %H:%M}" if told["ended_at"] else ""
+    console.print(f"{told['name']} on {surface}, epoch {told['epoch']}, by {told['unit']}{ended}", highlight=False)
+    table = table_of("arm", "#share", "#exposures", "remarks")
+    for arm, one in told["arms"].items():
+        remarks = ["control"] if arm == told["control"] else []
+        remarks += [f"HELD: {one['hold_reason']}"] if one["hold_reason"] else []
+        remarks += [f"forced: {one['forced']}"] if one["forced"] else []
+        table.add_row(arm, f"{one['weight_bp'] / 100:g} %", f"{one['exposures']:,}", ", ".join(remarks))
+    console.print(table)
+    if told["is_mismatched"]:
+        console.print(
+            f"The exposures do not fit the shares (p = {told['mismatch_p']:.2g}): do not compare the arms.", style="red"
+        )
+
+
+def _weights(arms: list[str]) -> dict[str, int]:
+    weights = {}
+    for text in arms:
+        version, equals, share = text.rpartition("=")
+        if not equals or not share.isdecimal():
+            raise ConfigError(f"--arm {text!r} has no share; needed NAME:VERSION=SHARE, such as orders:4=1000")
+        weights[version] = int(share)
+    return weights
+
+
+def _keys() -> Any:
+    from luthier.registry.signing import default_trusted, trusted_keys
+
+    return trusted_keys(default_trusted())
