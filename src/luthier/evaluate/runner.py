@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
-from luthier.evaluate.answers import score_answer
+from luthier.evaluate.answers import check_libraries, score_answer
 from luthier.evaluate.items import ChoiceItem, GenerateItem, PairItem, RollingItem
 from luthier.evaluate.scores import ItemScore, SuiteScores
 from luthier.evaluate.suites import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite, Suite
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 BATCH_ROWS = 32
+KEPT_TOKENS = 8
+"""While an answer grows, a token is only keys and values: so many of them count as one that runs through the model."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def run_suite(
 ) -> SuiteScores:
     """Put one suite to the model as it is now, and return the scores of its items in their order.
 
-    `batch_tokens` bounds memory: tokens of a forward pass with padding, for answers with what they may grow to. In bfloat16 it
-    can decide between two nearly equal options, so contestants must have the same.
+    `batch_tokens` bounds memory: the tokens of a forward pass, padding included. In bfloat16 it can decide between two nearly
+    equal options, so contestants must have the same.
     Raises: DataError for items the model cannot read; MissingExtraError; TrainingError for numbers that are not finite.
     """
     asked = suite.definition
@@ -132,13 +134,14 @@ def _answers(
     from luthier.engine.generation import generate
     from luthier.evaluate.prompts import prompt_ids
 
+    check_libraries(asked)
     answers = generate(
         model,
         tokenizer,
         prompt_ids(asked, [item.prompt for item in items], tokenizer),
         max_new_tokens=asked.max_new_tokens,
         batch_rows=BATCH_ROWS,
-        batch_tokens=batch_tokens,
+        batch_tokens=KEPT_TOKENS * batch_tokens,
         stop_texts=asked.stop,
         on_progress=report,
     )
