@@ -107,7 +107,9 @@ def _choices(
     from luthier.evaluate.prompts import option_ids
 
     prompts = [(item.prompt, option) for item in items for option in item.options]
-    found = iter(log_likelihoods(model, option_ids(asked, prompts, tokenizer), batch_tokens=batch_tokens, on_progress=report))
+    names = [f"item {item.id}" for item in items for _ in item.options]
+    rows = option_ids(asked, prompts, tokenizer)
+    found = iter(log_likelihoods(model, rows, batch_tokens=batch_tokens, names=names, on_progress=report))
     scored: list[Scored] = []
     for item in items:
         sums = [next(found) / (len(option) if asked.normalise == "characters" else 1) for option in item.options]
@@ -124,7 +126,9 @@ def _pairs(
 
     start = start_ids(tokenizer, asked.start_token)
     texts = text_ids([text for item in items for text in (item.good, item.bad)], tokenizer)
-    sums = log_likelihoods(model, [(start, ids) for ids in texts], batch_tokens=batch_tokens, on_progress=report)
+    names = [f"item {item.id}" for item in items for _ in range(2)]
+    rows = [(start, ids) for ids in texts]
+    sums = log_likelihoods(model, rows, batch_tokens=batch_tokens, names=names, on_progress=report)
     return [(float(good > bad), None) for good, bad in zip(sums[::2], sums[1::2], strict=True)]
 
 
@@ -159,8 +163,9 @@ def _documents(
     window = min(asked.window, room) if room else asked.window
     texts = text_ids([item.text for item in items], tokenizer)
     windows = [rolling_windows(ids, start, window) for ids in texts]
-    asked_rows = [pair for of_one in windows for pair in of_one]
-    sums = iter(log_likelihoods(model, asked_rows, batch_tokens=batch_tokens, on_progress=report))
+    rows = [pair for of_one in windows for pair in of_one]
+    names = [f"item {item.id}" for item, of_one in zip(items, windows, strict=True) for _ in of_one]
+    sums = iter(log_likelihoods(model, rows, batch_tokens=batch_tokens, names=names, on_progress=report))
     return [(-sum(next(sums) for _ in of_one) / len(ids), None) for of_one, ids in zip(windows, texts, strict=True)]
 
 
