@@ -182,7 +182,7 @@ def test_tasks_and_metrics_that_are_not_there_are_told(tiny, shared_data, tmp_pa
     model, tokenizer = tiny
     with pytest.raises(ConfigError, match="no_such_task"):
         run_harness(model, tokenizer, ["no_such_task"])
-    _, tasks = write_suites(tmp_path / "suites", shared_data, 2)
+    _, tasks = write_suites(tmp_path / "suites", shared_data, 3)
     (task,) = run_harness(model, tokenizer, [tasks[0]], limit=1)
     assert len(task.samples) == 1
     with pytest.raises(DataError, match="have no number under 'f1'; it has acc"):
