@@ -15,6 +15,8 @@ __getattr__, __all__ = lazy_names(
         "answer_loss_plain": "luthier.engine.score",
         "generate": "luthier.engine.generation",
         "held_out_loss": "luthier.engine.score",
+        "log_likelihoods": "luthier.engine.likelihood",
+        "rolling_windows": "luthier.engine.likelihood",
         "stream": "luthier.engine.generation",
     },
 )

@@ -41,17 +41,20 @@ def log_likelihoods(
     asked: Sequence[Asked],
     *,
     batch_tokens: int = 2048,
+    names: Sequence[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """Return for each (context, continuation) the summed log-likelihood (nats) of the continuation after the context.
 
     Rows run together by length, `batch_tokens` tokens at a time with padding, so that memory does not depend on the rows. In
-    float32 a result does not depend on its batch. `on_progress` is called with (rows done, rows in all).
+    float32 a result does not depend on its batch. `on_progress` is called with (rows done, rows in all); messages call the rows
+    by `names`.
     Raises: ConfigError; DataError for rows the model cannot read, all listed; TrainingError if a result is not finite.
     """
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    _check_rows(model, asked)
+    names = names or [f"row {row}" for row in range(len(asked))]
+    _check_rows(model, asked, names)
     sums = [math.nan] * len(asked)
     done = 0
     with evaluating(model):
@@ -64,7 +67,7 @@ def log_likelihoods(
                 on_progress(done, len(asked))
     if wrong := [place for place, value in enumerate(sums) if not math.isfinite(value)]:
         raise TrainingError(
-            f"the log-likelihood of {len(wrong)} of {len(asked)} rows is not finite, the first of them row {wrong[0]} "
+            f"the log-likelihood of {len(wrong)} of {len(asked)} rows is not finite, the first of them {names[wrong[0]]} "
             f"({sums[wrong[0]]}): the weights or the adapter hold numbers that are not finite, or overflow in this dtype"
         )
     return sums
@@ -100,7 +103,7 @@ class _Runner:
 
     def run(self, batch_tokens: int) -> Iterator[tuple[list[int], list[float]]]:
         """Yield the places of the rows of each batch, and their sums."""
-        shared, single = self._grouped()
+        shared, single = self._grouped(batch_tokens)
         costs = [len(group) * max(map(self._length, group)) for group in shared]
         for batch in batches_by_length(costs, max_tokens=batch_tokens):
             places = [place for index in batch for place in shared[index]]
@@ -112,12 +115,16 @@ class _Runner:
     def _length(self, place: int) -> int:
         return len(self.contexts[place]) + len(self.rests[place])
 
-    def _grouped(self) -> tuple[list[list[int]], list[int]]:
-        """Return groups of rows that share a long context, and the other rows."""
+    def _grouped(self, batch_tokens: int) -> tuple[list[list[int]], list[int]]:
+        """Return groups of rows that share a long context, none larger than a batch, and the other rows."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, context in enumerate(self.contexts):
             groups.setdefault(tuple(context), []).append(place)
-        shared = [group for context, group in groups.items() if self.shares and len(group) > 1 and len(context) >= SHARED_FROM]
+        shared = []
+        for group in groups.values():
+            if self.shares and len(group) > 1 and len(self.contexts[group[0]]) >= SHARED_FROM:
+                most = max(1, batch_tokens // max(map(self._length, group)))
+                shared += [group[begin : begin + most] for begin in range(0, len(group), most)]
         if shared and not self._caches_plainly():
             shared = []
         together = {place for group in shared for place in group}
@@ -199,20 +206,18 @@ class _Runner:
         return [float(value) for value in sums]
 
 
-def _check_rows(model: Any, asked: Sequence[Asked]) -> None:
+def _check_rows(model: Any, asked: Sequence[Asked], names: Sequence[str]) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     faults = []
-    for row, (context, rest) in enumerate(asked):
+    for name, (context, rest) in zip(names, asked, strict=True):
         length = len(context) + len(rest)
         if not context or not rest:
-            faults.append(
-                f"row {row} has an empty {'continuation' if context else 'context'}; a start token will do for a context"
-            )
+            faults.append(f"{name} has an empty {'continuation' if context else 'context'}; a start token will do for a context")
         elif strange := [token for token in (*context, *rest) if not 0 <= token < vocabulary]:
-            faults.append(f"row {row} holds token {strange[0]}, but the model knows 0 to {vocabulary - 1}: another tokenizer?")
+            faults.append(f"{name} holds token {strange[0]}, but the model knows 0 to {vocabulary - 1}: another tokenizer?")
         elif room is not None and length - 1 > room:
-            faults.append(f"row {row} has {length} tokens, but the model has room for {room + 1}")
+            faults.append(f"{name} has {length} tokens, but the model has room for {room + 1}")
     if faults:
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise DataError(f"{len(faults)} of {len(asked)} rows cannot be scored:\n  " + "\n  ".join(faults[:5]) + more)

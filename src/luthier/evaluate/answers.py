@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from luthier.evaluate.items import GenerateItem
     from luthier.evaluate.suites import GenerateSuite
 
+LIKENESS = frozenset({"bleu", "chrf", "rouge-l"})
 NUMBER = re.compile(r"-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?")
 
 
@@ -32,23 +33,33 @@ def score_answer(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> f
     return float(_RULES[asked.score](asked, item, answer))
 
 
+def check_libraries(asked: "GenerateSuite") -> None:
+    """Raise MissingExtraError now, rather than after an hour of answers, if what scores them is not installed."""
+    if asked.score in LIKENESS:
+        _sacrebleu()
+        _rouge()
+
+
 def number_in(text: str) -> Decimal | None:
     """Return the value of the last number in a text: thousands may have commas, a dollar sign may stand before it."""
     found = NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
-def corpus_scores(score: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return what is usually published for these answers together (0 to 100): corpus BLEU or chrF; nothing for other rules.
+def corpus_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return what is usually published for these answers together, 0 to 100: corpus BLEU and chrF, and the mean ROUGE-L.
 
-    It is not the mean of single answers' scores. Answers with fewer references than others have blanks, which sacrebleu skips.
+    BLEU and chrF of a corpus are not the means of their answers. Answers with fewer references than others have blanks, which
+    sacrebleu skips. Raises: MissingExtraError.
     """
-    if score not in ("bleu", "chrf"):
-        return {}
     most = max(map(len, references))
     streams: list[list[Any]] = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
-    corpus = _sacrebleu().corpus_bleu if score == "bleu" else _sacrebleu().corpus_chrf
-    return {f"corpus {score}": float(corpus(list(answers), streams).score)}
+    rouge = sum(_best_rouge(answer, each) for answer, each in zip(answers, references, strict=True)) / len(answers)
+    return {
+        "corpus BLEU": float(_sacrebleu().corpus_bleu(list(answers), streams).score),
+        "corpus chrF": float(_sacrebleu().corpus_chrf(list(answers), streams).score),
+        "ROUGE-L": 100 * rouge,
+    }
 
 
 def _exact(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> bool:
@@ -93,7 +104,11 @@ def _chrf(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> float:
 
 
 def _rouge_l(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> float:
-    return max(float(_rouge().score(reference, answer)["rougeL"].fmeasure) for reference in item.references)
+    return _best_rouge(answer, item.references)
+
+
+def _best_rouge(answer: str, references: Sequence[str]) -> float:
+    return max(float(_rouge().score(reference, answer)["rougeL"].fmeasure) for reference in references)
 
 
 _RULES: dict[str, Callable[["GenerateSuite", "GenerateItem", str], float]] = {

@@ -6,11 +6,12 @@ else in this room does without it.
 """
 
 import hashlib
+import io
 import json
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +105,10 @@ def harness_scores(task: HarnessTask, metric: str, *, kind: Kind = "capability")
 
 @contextmanager
 def _quiet_and_offline() -> "Iterator[None]":
-    """lm-eval and its libraries read these when they are imported, and warn of much that is no news."""
+    """lm-eval and its libraries read these when they are imported, warn of much that is no news, and draw bars on the screen."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.setdefault(name, "1")
-    with warnings.catch_warnings():
+    unseen = io.StringIO()
+    with warnings.catch_warnings(), redirect_stderr(unseen), redirect_stdout(unseen):
         warnings.simplefilter("ignore")
         yield

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
-from luthier.evaluate.answers import score_answer
+from luthier.evaluate.answers import check_libraries, score_answer
 from luthier.evaluate.items import ChoiceItem, GenerateItem, PairItem, RollingItem
 from luthier.evaluate.scores import ItemScore, SuiteScores
 from luthier.evaluate.suites import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite, Suite
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 BATCH_ROWS = 32
+KEPT_TOKENS = 8
+"""While an answer grows, a token is only keys and values: so many of them count as one that runs through the model."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def run_suite(
 ) -> SuiteScores:
     """Put one suite to the model as it is now, and return the scores of its items in their order.
 
-    `batch_tokens` bounds memory: tokens of a forward pass with padding, for answers with what they may grow to. In bfloat16 it
-    can decide between two nearly equal options, so contestants must have the same.
+    `batch_tokens` bounds memory: the tokens of a forward pass, padding included. In bfloat16 it can decide between two nearly
+    equal options, so contestants must have the same.
     Raises: DataError for items the model cannot read; MissingExtraError; TrainingError for numbers that are not finite.
     """
     asked = suite.definition
@@ -105,7 +107,9 @@ def _choices(
     from luthier.evaluate.prompts import option_ids
 
     prompts = [(item.prompt, option) for item in items for option in item.options]
-    found = iter(log_likelihoods(model, option_ids(asked, prompts, tokenizer), batch_tokens=batch_tokens, on_progress=report))
+    names = [f"item {item.id}" for item in items for _ in item.options]
+    rows = option_ids(asked, prompts, tokenizer)
+    found = iter(log_likelihoods(model, rows, batch_tokens=batch_tokens, names=names, on_progress=report))
     scored: list[Scored] = []
     for item in items:
         sums = [next(found) / (len(option) if asked.normalise == "characters" else 1) for option in item.options]
@@ -122,7 +126,9 @@ def _pairs(
 
     start = start_ids(tokenizer, asked.start_token)
     texts = text_ids([text for item in items for text in (item.good, item.bad)], tokenizer)
-    sums = log_likelihoods(model, [(start, ids) for ids in texts], batch_tokens=batch_tokens, on_progress=report)
+    names = [f"item {item.id}" for item in items for _ in range(2)]
+    rows = [(start, ids) for ids in texts]
+    sums = log_likelihoods(model, rows, batch_tokens=batch_tokens, names=names, on_progress=report)
     return [(float(good > bad), None) for good, bad in zip(sums[::2], sums[1::2], strict=True)]
 
 
@@ -132,13 +138,14 @@ def _answers(
     from luthier.engine.generation import generate
     from luthier.evaluate.prompts import prompt_ids
 
+    check_libraries(asked)
     answers = generate(
         model,
         tokenizer,
         prompt_ids(asked, [item.prompt for item in items], tokenizer),
         max_new_tokens=asked.max_new_tokens,
         batch_rows=BATCH_ROWS,
-        batch_tokens=batch_tokens,
+        batch_tokens=KEPT_TOKENS * batch_tokens,
         stop_texts=asked.stop,
         on_progress=report,
     )
@@ -156,8 +163,9 @@ def _documents(
     window = min(asked.window, room) if room else asked.window
     texts = text_ids([item.text for item in items], tokenizer)
     windows = [rolling_windows(ids, start, window) for ids in texts]
-    asked_rows = [pair for of_one in windows for pair in of_one]
-    sums = iter(log_likelihoods(model, asked_rows, batch_tokens=batch_tokens, on_progress=report))
+    rows = [pair for of_one in windows for pair in of_one]
+    names = [f"item {item.id}" for item, of_one in zip(items, windows, strict=True) for _ in of_one]
+    sums = iter(log_likelihoods(model, rows, batch_tokens=batch_tokens, names=names, on_progress=report))
     return [(-sum(next(sums) for _ in of_one) / len(ids), None) for of_one, ids in zip(windows, texts, strict=True)]
 
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from luthier.evaluate.answers import corpus_scores
+from luthier.evaluate.answers import LIKENESS, corpus_scores
 from luthier.evaluate.statistics import mcnemar_p_value
 
 if TYPE_CHECKING:
@@ -66,10 +66,11 @@ _MEASURES = {"nll": "nats per token (lower is better)", "acc": "accuracy", "acc_
 
 
 def _corpus(run: "SuiteRun", scores: "SuiteScores") -> dict[str, float]:
-    asked: Any = run.suite.items
-    if scores.metric not in ("bleu", "chrf"):
+    """Return the figures that papers state, where the suite is scored by likeness to a text."""
+    if scores.metric not in LIKENESS:
         return {}
-    return corpus_scores(scores.metric, [item.output or "" for item in scores.items], [item.references for item in asked])
+    asked: Any = run.suite.items
+    return corpus_scores([item.output or "" for item in scores.items], [item.references for item in asked])
 
 
 def _amount(value: float | None, scale: str) -> str:

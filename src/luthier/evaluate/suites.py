@@ -29,6 +29,7 @@ from luthier.core.errors import ConfigError, DataError, did_you_mean
 from luthier.core.settings import Settings
 from luthier.data.read import read_rows
 from luthier.data.templates import RowTemplate
+from luthier.evaluate.answers import LIKENESS
 from luthier.evaluate.checks import read_checks
 from luthier.evaluate.items import Item, make_items
 from luthier.evaluate.scores import Kind, Scale
@@ -37,7 +38,7 @@ HARNESS = "luthier-1"
 """Changes whenever the same suite on the same model would give other scores."""
 
 Rule = Literal["exact", "number", "contains", "json-valid", "json-fields", "checks", "bleu", "rouge-l", "chrf"]
-GRADED = frozenset({"json-fields", "bleu", "rouge-l", "chrf"})
+GRADED = LIKENESS | {"json-fields"}
 NEEDS_NO_REFERENCE = frozenset({"json-valid", "checks"})
 
 
@@ -230,7 +231,7 @@ class RollingSuite(SuiteSettings):
 
     type: Literal["rolling"] = Field("rolling", description="negative log-likelihood per token of whole documents")
     text: Template = Field(description="template for the document")
-    window: int = Field(1024, ge=2, description="tokens the model sees at once at most; fewer where it has room for fewer")
+    window: int = Field(1024, ge=8, description="tokens the model sees at once at most; fewer where it has room for fewer")
 
     @property
     def metric(self) -> str:

@@ -1,10 +1,12 @@
 """The rules for answers: values worked out by hand, and sacrebleu and rouge-score called beside ours."""
 
+import sys
 from decimal import Decimal
 
 import pytest
 
-from luthier.core.errors import DataError
+from luthier.core.errors import DataError, MissingExtraError
+from luthier.evaluate import answers
 from luthier.evaluate.answers import corpus_scores, number_in, score_answer
 from luthier.evaluate.items import GenerateItem
 from luthier.evaluate.suites import Suite, define
@@ -102,15 +104,30 @@ def test_text_metrics_are_those_of_their_libraries():
             assert 0 <= value <= 1
 
 
+@pytest.mark.parametrize(("library", "score"), [("sacrebleu", "chrf"), ("rouge_score.rouge_scorer", "bleu")])
+def test_a_missing_library_is_told_with_its_install_line_before_the_answers(monkeypatch, library, score):
+    asked = define({**ASKED, "score": score, "references": "{{ r | tojson }}"})
+    for load in (answers._sacrebleu, answers._rouge):
+        load.cache_clear()
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'luthier\[text-metrics\]'"):
+        answers.check_libraries(asked)
+    answers.check_libraries(define({**ASKED, "score": "exact", "reference": "{{ r }}"}))
+
+
 def test_corpus_scores_are_what_is_published():
     import sacrebleu
+    from rouge_score import rouge_scorer
 
     streams = [["A coffee shop called Blue Spice.", REFERENCES[1][0], REFERENCES[2][0]], [REFERENCES[0][1], None, None]]
-    bleu = sacrebleu.corpus_bleu(ANSWERS, streams).score
-    assert bleu > 1
-    assert corpus_scores("bleu", ANSWERS, REFERENCES) == {"corpus bleu": pytest.approx(bleu)}
-    assert corpus_scores("chrf", ANSWERS, REFERENCES) == {"corpus chrf": sacrebleu.corpus_chrf(ANSWERS, streams).score}
-    assert corpus_scores("exact", ANSWERS, REFERENCES) == {}
+    bleu, chrf = sacrebleu.corpus_bleu(ANSWERS, streams).score, sacrebleu.corpus_chrf(ANSWERS, streams).score
+    rouge = rouge_scorer.RougeScorer(["rougeL"])
+    best = [
+        max(rouge.score(each, answer)["rougeL"].fmeasure for each in own) for answer, own in zip(ANSWERS, REFERENCES, strict=True)
+    ]
+    assert min(bleu, chrf, *best[:2]) > 0.1
+    expected = {"corpus BLEU": bleu, "corpus chrF": chrf, "ROUGE-L": 100 * sum(best) / 3}
+    assert corpus_scores(ANSWERS, REFERENCES) == pytest.approx(expected)
 
 
 def test_references_that_cannot_be_met_are_told():
