@@ -107,19 +107,17 @@ def pooled_bounds(differences: Sequence[float], bounds: Sequence[tuple[float, fl
     return mean, mean - below / m, mean + above / m
 
 
-def items_to_decide(
-    variance: float, margin: float, *, clusters_per_item: float = 1.0, confidence: float = CONFIDENCE, power: float = 0.8
-) -> int:
+def items_to_decide(variance: float, margin: float, *, confidence: float = CONFIDENCE, power: float = 0.8) -> int:
     """Return how many items show with probability `power` that a drop is smaller than `margin`, if there is none.
 
     n = (z_confidence + z_power)^2 variance / margin^2. `variance` is that of one item's difference: the share of items that
     change, for shares that stay the same; n SE^2 where items come in clusters. However few items change, at least the number at
-    which a change never seen is known to be rarer than the margin: z^2 (1 - margin) / margin clusters.
+    which a change never seen is known to be rarer than the margin: z^2 (1 - margin) / margin.
     """
     if margin <= 0 or variance < 0:
         raise ConfigError(f"margin = {margin:g}, variance = {variance:g} is impossible; needed: margin > 0, variance >= 0")
     z = _z(confidence)
-    unseen = z**2 * (1 - min(margin, 1.0)) / margin / clusters_per_item
+    unseen = z**2 * (1 - min(margin, 1.0)) / margin
     return ceil(max((z + _z(power)) ** 2 * variance / margin**2, unseen))
 
 
