@@ -9,6 +9,7 @@ from luthier.core.lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "Contestant": "luthier.evaluate.scores",
         "DEFAULT_POLICY": "luthier.evaluate.policy",
         "GateReport": "luthier.evaluate.gate",
         "ItemScore": "luthier.evaluate.scores",
@@ -30,7 +31,9 @@ __getattr__, __all__ = lazy_names(
         "judgement_table": "luthier.evaluate.report",
         "mcnemar_p_value": "luthier.evaluate.statistics",
         "read_policy": "luthier.evaluate.policy",
+        "read_scores": "luthier.evaluate.scores",
         "sample_panel": "luthier.evaluate.report",
         "share": "luthier.evaluate.statistics",
+        "write_scores": "luthier.evaluate.scores",
     },
 )

@@ -1,0 +1,107 @@
+"""`luthier gate` as it is called: exit status, JSON, files."""
+
+import json
+import re
+
+import pytest
+from tests.unit.evaluate.scored import changed, suite
+
+from luthier.cli.app import main
+from luthier.evaluate import Contestant, Policy, read_policy, write_scores
+
+LOOSE = Policy(name="loose", kinds=("capability",), floors=())
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch, capsys):
+    """A function that runs the command on base and candidate scores and returns (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loose.toml").write_text(LOOSE.to_toml())
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["luthier", "gate", *flags])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (end.value.code, *capsys.readouterr())
+
+    return run
+
+
+def write_pair(n, won, lost, slices=None):
+    base, candidate = changed(n, won, lost)
+    write_scores("base.json", Contestant((suite(base, slices=slices),), fingerprint={"arch": "x"}))
+    write_scores("mine.json", Contestant((suite(candidate, slices=slices),), adapter="runs/mine", manifest_digest="sha256:0"))
+
+
+BOTH = ("--candidate", "mine.json", "--base", "base.json")
+
+
+@pytest.mark.parametrize(
+    ("n", "won", "lost", "status", "verdict"),
+    [(900, 3, 3, 0, "pass"), (500, 12, 38, 1, "fail"), (50, 2, 3, 3, "inconclusive")],
+)
+def test_exit_status_is_the_verdict(gate, n, won, lost, status, verdict):
+    write_pair(n, won, lost)
+    code, out, _ = gate(*BOTH, "--policy", "loose.toml")
+    assert code == status
+    assert f"verdict: {verdict.upper()} under policy loose 1, against the base" in out
+
+
+def test_json_is_alone_on_stdout_and_the_same_as_in_the_file(gate, tmp_path):
+    write_pair(500, 12, 38)
+    code, out, err = gate(*BOTH, "--policy", "loose.toml", "--json", "--save", "decision.json")
+    plain = json.loads(out)
+    assert (code, plain["exit_code"], plain["verdict"]) == (1, 1, "fail")
+    assert json.loads((tmp_path / "decision.json").read_text()) == plain
+    assert plain["candidate"] == {"adapter": "runs/mine", "manifest_digest": "sha256:0"}
+    assert plain["base"] == {"fingerprint": {"arch": "x"}}
+    assert "fail: suite facts" in err
+
+
+def test_the_incumbent_is_named_as_the_baseline(gate):
+    write_pair(900, 3, 3)
+    write_scores("now.json", Contestant((suite(changed(900, 3, 3)[1]),), adapter="notes@3"))
+    code, out, _ = gate(*BOTH, "--incumbent", "now.json", "--policy", "loose.toml", "--json")
+    assert (code, json.loads(out)["baseline"]) == (0, "notes@3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--candidate", "none.json", "--base", "base.json"), "cannot be read"),
+        (("--candidate", "mine.json"), "--candidate FILE --base FILE"),
+        (BOTH, "asks for a suite of kind 'task'"),
+        ((*BOTH, "--policy", "none.toml"), "there is no policy file"),
+    ],
+)
+def test_what_cannot_be_judged_has_a_status_of_its_own(gate, flags, words):
+    write_pair(100, 1, 1)
+    code, out, err = gate(*flags)
+    assert code == 2 and words in err and "verdict" not in out
+    code, out, _ = gate(*flags, "--json")
+    assert code == 2 and words in json.loads(out)["error"]["message"]
+
+
+def test_the_shown_policy_is_one_that_can_be_read(gate, tmp_path):
+    code, out, _ = gate("--show-policy")
+    (tmp_path / "mine.toml").write_text(out.replace('name = "default"', 'name = "mine"'))
+    assert code == 0 and read_policy(tmp_path / "mine.toml").name == "mine"
+
+
+def test_the_html_report_needs_nothing_else_and_names_what_carries_the_drop(gate, tmp_path):
+    write_pair(500, 12, 38, slices=[("plain",)] * 12 + [("<negation>",)] * 60 + [("plain",)] * 428)
+    code, out, _ = gate(*BOTH, "--policy", "loose.toml", "--html", "gate.html")
+    page = (tmp_path / "gate.html").read_text()
+    assert code == 1 and "gate.html" in out
+    for words in ("FAIL", "facts (capability)", "&lt;negation&gt;", "i12, i13", "-5.2 points", "Items that lost most"):
+        assert words in page, words
+    assert page.count("data:image/png;base64,") == 1
+    assert "<negation>" not in page and not re.search(r"https?://|<script", page)
+
+
+def test_the_table_names_slices_and_drivers(gate):
+    write_pair(500, 12, 38, slices=[("plain",)] * 12 + [("negation",)] * 60 + [("plain",)] * 428)
+    _, out, _ = gate(*BOTH, "--policy", "loose.toml")
+    row = next(line for line in out.splitlines() if "negation" in line and "12%" in line)
+    assert "60" in row and "146%" in row and "38" in row
+    assert "what carries drops" in out and "slice 'negation', 12% of the items" in out
