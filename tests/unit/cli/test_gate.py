@@ -6,23 +6,19 @@ import re
 import pytest
 from tests.unit.evaluate.scored import changed, suite
 
-from luthier.cli.app import main
 from luthier.evaluate import Contestant, Policy, read_policy, write_scores
 
 LOOSE = Policy(name="loose", kinds=("capability",), floors=())
 
 
 @pytest.fixture
-def gate(tmp_path, monkeypatch, capsys):
-    """A function that runs the command on base and candidate scores and returns (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+def gate(luthier, tmp_path):
+    """A function that runs the command in a folder of its own and returns (status, stdout, stderr)."""
     (tmp_path / "loose.toml").write_text(LOOSE.to_toml())
 
     def run(*flags):
-        monkeypatch.setattr("sys.argv", ["luthier", "gate", *flags])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (end.value.code, *capsys.readouterr())
+        said = luthier("gate", *flags)
+        return said.status, said.out, said.err
 
     return run
 

@@ -34,7 +34,7 @@ def test_every_suite_pool_and_floor_has_a_row(report):
         ("all 1 of capability", "incumbent", "pass"),
         ("facts (floor)", "90.0%", "fail"),
     ]
-    assert rows[1][3:6] == ["51.0%", "69.0%", "+18.0 points"] and rows[2][5] == "+0.100 nats"
+    assert rows[1][3:6] == ["41.0%", "59.0%", "+18.0 points"] and rows[2][5] == "+0.100 nats"
 
 
 def test_pictures_show_points_with_bounds_where_they_are(report):
