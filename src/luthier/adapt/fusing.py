@@ -84,6 +84,15 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
 
 
+def has_plain_head(model: nn.Module) -> bool:
+    """Return whether the logits are the output layer's product with the decoder's last hidden states: tried on four tokens."""
+    decoder = decoder_of(model)
+    if decoder is None:
+        return False
+    with _as_it_is(model):
+        return _head_is_plain(model, decoder)
+
+
 def _fuse(model: nn.Module) -> Fusion:
     decoder, config = decoder_of(model), getattr(model, "config", None)
     if decoder is None or config is None:

@@ -1,4 +1,4 @@
-"""`luthier eval`: base and adapter on the same held-out rows, side by side."""
+"""`luthier eval`: base and adapter on the same held-out rows, or on suites, side by side."""
 
 import time
 from pathlib import Path
@@ -16,22 +16,55 @@ def evaluate(
     adapter: str = typer.Argument(help="Adapter folder, or the folder of a run."),
     data: str | None = typer.Option(None, "--data", "-d", help="Held-out rows. Default: those the run named."),
     model: str | None = MODEL,
-    limit: int | None = typer.Option(None, min=1, help="Judge only the first so many rows."),
+    suite: list[str] = typer.Option(
+        [], "--suite", "-s", help="Suite file, or NAME=PATH of a public suite (blimp, gsm8k, ...); instead of rows; repeatable."
+    ),
+    limit: int | None = typer.Option(None, min=1, help="Judge only so many rows, or items of each suite."),
     max_new_tokens: int = typer.Option(128, min=1, help="Longest answer, in tokens."),
     batch_rows: int = typer.Option(32, min=1, help="Rows answered at once."),
+    batch_tokens: int = typer.Option(2048, min=1, help="With --suite: tokens in one forward pass, padding included."),
+    remember: bool = typer.Option(True, help="With --suite: keep what the base scored, and use what is kept."),
     case_folded: bool = typer.Option(False, help="Upper and lower case count as the same."),
     prompt: str | None = typer.Option(None, help="Jinja template for the request. Default: the one trained with."),
     completion: str | None = typer.Option(None, help="Jinja template for the answer. Default: the one trained with."),
     system: str | None = typer.Option(None, help="System message. Default: the one trained with."),
     samples: int = typer.Option(4, min=0, help="Rows to show side by side."),
-    save: Path | None = typer.Option(None, help="Write everything, each row's answers included, to this JSON file."),
+    save: Path | None = typer.Option(
+        None, help="Write everything, each row's answers included, to this JSON file (and to NAME-base.json with --suite)."
+    ),
     dtype: str = DTYPE,
     quantize: str | None = QUANTIZE,
     force: bool = FORCE,
     as_json: bool = JSON,
 ) -> None:
-    """Judge an adapter against its base: held-out loss, exact match, JSON fields, and what changed for better or worse."""
+    """Judge an adapter against its base: held-out loss, exact match, JSON fields, and what changed for better or worse.
+
+    With --suite both are put to suites instead: choices, minimal pairs, answers scored by a rule, likelihood of documents.
+    """
     console = make_console(as_json)
+    if suite:
+        about_rows = {"--data": data, "--prompt": prompt, "--completion": completion, "--system": system}
+        if given := [name for name, value in about_rows.items() if value is not None]:
+            raise ConfigError(
+                f"{', '.join(given)} would have no effect with --suite, which brings its own items; judge rows apart"
+            )
+        from luthier.cli.suites import evaluate_suites
+
+        evaluate_suites(
+            adapter,
+            suite,
+            model=model,
+            limit=limit,
+            batch_tokens=batch_tokens,
+            save=save,
+            remember=remember,
+            dtype=dtype,
+            quantize=quantize,
+            force=force,
+            as_json=as_json,
+            console=console,
+        )
+        return
     from luthier.cli.loading import load, recipe_of
 
     trained_with = recipe_of(adapter).get("data", {})

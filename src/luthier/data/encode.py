@@ -93,6 +93,26 @@ def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase", chat_t
     return next(_Pieces(tokenizer).encode([row], stop_id=None)).input_ids
 
 
+def encode_continuations(
+    texts: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[int], list[int]]]:
+    """Return, for each text and what follows it, the ids of both, cut as `encode` cuts prompts and answers; no start token.
+
+    The first text may be empty. A token across the border counts to what follows.
+    """
+    rows = [RenderedRow(row, before + after, ((len(before), len(before + after)),)) for row, (before, after) in enumerate(texts)]
+    found = []
+    for row in _Pieces(tokenizer).encode(rows, stop_id=None):
+        begin = next((place for place, label in enumerate(row.labels) if label != UNLABELLED), len(row))
+        found.append((row.input_ids[:begin], row.input_ids[begin:]))
+    return found
+
+
+def leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that the tokenizer itself puts before a text (bos); none for many."""
+    return _Pieces(tokenizer).leading
+
+
 def reference_answer(example: Example) -> str:
     """Return what the assistant says last: the answer that an evaluation compares with."""
     _refuse_plain_text(example)
@@ -177,7 +197,7 @@ class _Pieces:
         # whole text instead; a token across the border then counts to the answer.
         ids = self._ids("a") + self._ids("b")
         self._can_cut = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "ab"
-        self._leading = self._leading_ids()
+        self.leading = self._leading_ids()
 
     def encode(self, rows: Iterable[RenderedRow], stop_id: int | None) -> Iterator[EncodedRow]:
         """Yield each row's ids and labels, untruncated."""
@@ -198,7 +218,7 @@ class _Pieces:
     def _joined(
         self, row: RenderedRow, pieces: list[tuple[int, list[int], list[tuple[int, int]]]], stop_id: int | None
     ) -> EncodedRow:
-        ids = list(self._leading) if row.plain else []
+        ids = list(self.leading) if row.plain else []
         labels = [UNLABELLED] * len(ids)
         spans = list(row.spans)
         for begin, piece_ids, offsets in pieces:

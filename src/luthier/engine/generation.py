@@ -43,16 +43,19 @@ def generate(
     *,
     max_new_tokens: int = 128,
     batch_rows: int = 32,
+    batch_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    stop_texts: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """Return one answer per prompt (token ids), in the order of the prompts.
 
     Temperature 0 is greedy: the likeliest token each time. In float32 an answer does not depend on which prompts share its
     batch; in bf16 two nearly equal logits may swap. With a `seed` sampled answers are repeatable, each row by itself.
-    `on_progress` is called with (prompts done, prompts in all) after each batch.
+    An answer also ends with the first of the `stop_texts` in it, which its text comes without. `batch_tokens` bounds the rows of
+    a batch by what they may grow to. `on_progress` is called with (prompts done, prompts in all) after each batch.
     Raises: ConfigError for an impossible setting, DataError for prompts the model cannot read (all of them listed).
     """
     _check_settings(max_new_tokens, batch_rows, temperature, top_p, seed)
@@ -63,12 +66,22 @@ def generate(
     answers: dict[int, Generation] = {}
     with evaluating(model):
         view = _with_plain_defaults(model)
-        for rows in batches_by_length([len(prompt) for prompt in prompts], max_rows=batch_rows):
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        for rows in batches_by_length(lengths, max_rows=batch_rows, max_tokens=batch_tokens):
             inputs = _left_padded([prompts[row] for row in rows], config.pad_token_id, _device(model))
             sampler = [GumbelSampler(rows, seed, temperature, top_p)] if temperature > 0 else []
-            ids = view.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList(sampler))
-            for row, new_ids in zip(rows, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                answers[row] = _generation(tokenizer, new_ids, stop_ids)
+            width = inputs["input_ids"].shape[1]
+            ends = _StopTexts(tokenizer, stop_texts, width, stop_ids)
+            ids = view.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(sampler),
+                stopping_criteria=StoppingCriteriaList([ends] if stop_texts else []),
+            )
+            for place, (row, new_ids) in enumerate(zip(rows, ids[:, width:].tolist(), strict=True)):
+                ended = ends.found.get(place)
+                whole = _generation(tokenizer, new_ids[: ended and ended[0]], stop_ids)
+                answers[row] = whole if ended is None else Generation(ended[1], whole.token_ids, "stop")
             if on_progress is not None:
                 on_progress(len(answers), len(prompts))
     return [answers[row] for row in range(len(prompts))]
@@ -153,6 +166,29 @@ class _Closed(StoppingCriteria):
 
     def __call__(self, input_ids: "Tensor", scores: Any, **_: Any) -> "Tensor":
         return torch.full((input_ids.shape[0],), self.closed.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends each row whose new text has one of `texts` in it. `found` is by row: tokens made, and the text before."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], width: int, stop_ids: frozenset[int]):
+        self.tokenizer, self.texts, self.width, self.stop_ids = tokenizer, texts, width, stop_ids
+        self.found: dict[int, tuple[int, str]] = {}
+        self.done: set[int] = set()
+
+    def __call__(self, input_ids: "Tensor", scores: Any, **_: Any) -> "Tensor":
+        made = input_ids[:, self.width :].tolist()
+        for row, new_ids in enumerate(made):
+            if row in self.done:
+                continue
+            text = _generation(self.tokenizer, new_ids, self.stop_ids).text
+            places = [place for stop in self.texts if (place := text.find(stop)) >= 0]
+            if places:
+                self.found[row] = (len(new_ids), text[: min(places)])
+            if places or new_ids[-1] in self.stop_ids:
+                self.done.add(row)
+        ended = [row in self.found for row in range(len(made))]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Any, stop_ids: frozenset[int]) -> Iterator[str]:

@@ -54,7 +54,7 @@ def answer_loss(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tens
     Raises: DataError if the batch has no labelled token; AdapterStateError for a packed one on a model that cannot take it.
     """
     if isinstance(batch, PackedBatch):
-        hidden_NI, targets_N = _packed_hidden(model, batch)
+        hidden_NI, targets_N = packed_hidden(model, batch)
         return _loss_of_hidden(model, hidden_NI, targets_N)
     inputs, targets_BT = _inputs_and_targets(model, batch)
     decoder = decoder_of(model)
@@ -72,7 +72,11 @@ def answer_loss(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tens
     return F.cross_entropy(logits_BKV[is_labelled_BK].float(), targets, reduction="sum"), len(targets)
 
 
-def _packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Tensor]":
+def packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Tensor]":
+    """Return the last hidden states (N, I) of rows laid end to end, and their targets (N,).
+
+    Raises: AdapterStateError or DataError if this model cannot take these rows so.
+    """
     fusion, decoder = fusion_of(model), decoder_of(model)
     if decoder is None or not (fusion.packs and fusion.head_is_plain):
         raise AdapterStateError(f"this model cannot take rows laid end to end ({fusion}); give them padded")

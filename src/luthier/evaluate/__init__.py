@@ -1,6 +1,6 @@
-"""Judging adapters: metrics, statistics, and the same held-out rows put to the base and to the adapter.
+"""Judging adapters: metrics, statistics, and the same held-out rows or suites put to the base and to the adapter.
 
-Never trains, never writes files.
+Never trains; the only files it writes are what a base scored before (`base_cache`).
 """
 
 from luthier.core.lazy import lazy_names
@@ -21,14 +21,22 @@ __getattr__, __all__ = lazy_names(
         "Share": "luthier.evaluate.statistics",
         "Side": "luthier.evaluate.judgement",
         "Subjects": "luthier.evaluate.gate",
+        "Suite": "luthier.evaluate.suites",
+        "SuiteRun": "luthier.evaluate.runner",
         "SuiteScores": "luthier.evaluate.scores",
         "decide": "luthier.evaluate.gate",
         "exact_match": "luthier.evaluate.metrics",
         "is_json_container": "luthier.evaluate.metrics",
         "json_scores": "luthier.evaluate.metrics",
+        "load_suite": "luthier.evaluate.suites",
         "judge": "luthier.evaluate.judgement",
         "judgement_report": "luthier.evaluate.report",
         "judgement_table": "luthier.evaluate.report",
+        "find_suite": "luthier.evaluate.public",
+        "run_harness": "luthier.evaluate.harness",
+        "run_suite": "luthier.evaluate.runner",
+        "run_suites": "luthier.evaluate.runner",
+        "suites_table": "luthier.evaluate.suite_report",
         "mcnemar_p_value": "luthier.evaluate.statistics",
         "read_policy": "luthier.evaluate.policy",
         "read_scores": "luthier.evaluate.scores",

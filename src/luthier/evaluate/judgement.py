@@ -113,7 +113,7 @@ def judge(
     prompts = [render_prompt(example, tokenizer, chat_template) for example in examples]
     references = [reference_answer(example) for example in examples]
     contest = _Contest(model, tokenizer, prompts, references, encoded, max_new_tokens, batch_rows, case_folded, on_progress)
-    adapters = _active_adapters(model)
+    adapters = active_adapters(model)
     with _silenced(model) if adapters else nullcontext():
         base, base_texts = contest.run("base")
     adapter, adapter_texts = contest.run("adapter") if adapters else (None, [None] * len(examples))
@@ -187,7 +187,7 @@ class _Contest:
         return partial(self.on_progress, stage) if self.on_progress else None
 
 
-def _active_adapters(model: Any) -> tuple[str, ...]:
+def active_adapters(model: Any) -> tuple[str, ...]:
     """The adapters that shape the model's answers now; none inside a `disabled` block."""
     from luthier.adapt.state import find_roster
 

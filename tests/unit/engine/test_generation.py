@@ -104,6 +104,31 @@ def test_sampling_is_repeatable_row_by_row_and_leaves_the_global_generator_alone
     )
 
 
+def test_a_stop_text_ends_its_row_and_is_not_in_the_text(tiny_decoder, byte_tokenizer, prompts):
+    free = generate(tiny_decoder, byte_tokenizer, prompts, max_new_tokens=19)
+    stops = [byte_tokenizer.decode(free[0].token_ids[5:7]), byte_tokenizer.decode(free[1].token_ids[11:12])]
+    answers = generate(tiny_decoder, byte_tokenizer, prompts, max_new_tokens=19, stop_texts=stops)
+    for row, (answer, whole) in enumerate(zip(answers, free, strict=True)):
+        cuts = [whole.text.index(stop) for stop in stops if stop in whole.text]
+        assert (row < 2) <= bool(cuts), "the example must have stops in its first rows"
+        if cuts:
+            assert (answer.text, answer.finish_reason) == (whole.text[: min(cuts)], "stop")
+            assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+            assert any(stop in byte_tokenizer.decode(answer.token_ids) for stop in stops)
+            assert not any(stop in byte_tokenizer.decode(answer.token_ids[:-1]) for stop in stops)
+        else:
+            assert answer == whole
+
+
+def test_batches_are_bounded_by_what_rows_may_grow_to(tiny_decoder, byte_tokenizer, prompts):
+    steps = []
+    longest = max(map(len, prompts))
+    options = {"max_new_tokens": 5, "on_progress": lambda done, total: steps.append(done)}
+    bounded = generate(tiny_decoder, byte_tokenizer, prompts, batch_tokens=2 * (longest + 5), **options)
+    assert steps[0] == 2 and steps[-1] == 5
+    assert bounded == generate(tiny_decoder, byte_tokenizer, prompts, max_new_tokens=5)
+
+
 def test_progress_counts_to_the_end(tiny_decoder, byte_tokenizer, prompts):
     steps = []
     generate(tiny_decoder, byte_tokenizer, prompts, max_new_tokens=1, batch_rows=2, on_progress=lambda *step: steps.append(step))
