@@ -6,7 +6,21 @@ from typing import Any
 
 import typer
 
-from luthier.cli import baseline, evaluate, gate, generate, inspect, merge, methods, models, plan, quickstart, train, truncate
+from luthier.cli import (
+    baseline,
+    contamination,
+    evaluate,
+    gate,
+    generate,
+    inspect,
+    merge,
+    methods,
+    models,
+    plan,
+    quickstart,
+    train,
+    truncate,
+)
 from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
 
@@ -26,6 +40,7 @@ app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("contamination")(contamination.contamination)
 app.command("gate")(gate.gate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)

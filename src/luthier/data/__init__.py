@@ -28,6 +28,7 @@ _HOMES = {
     "render_prompt": "luthier.data.encode",
     "sniff_format": "luthier.data.formats",
     "split_rows": "luthier.data.batches",
+    "stream_rows": "luthier.data.read",
     "to_examples": "luthier.data.messages",
 }
 

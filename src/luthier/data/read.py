@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,25 @@ def read_rows(source: str | Path, *, split: str | None = None, limit: int | None
     return RowSet(rows, name, _digest(rows, str(source)))
 
 
+def stream_rows(source: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `source` one after another. Of a JSON Lines or Parquet file only a few are in memory at a time.
+
+    Raises: what `read_rows` raises. Faults of single lines come after the last row, all at once.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix in LINES:
+        rows = _lines(path, None)
+    elif path.is_file() and path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    else:
+        rows = iter(read_rows(source).rows)
+    row = None
+    for row in rows:
+        yield row
+    if row is None:
+        raise DataError(f"'{source}' holds no rows.")
+
+
 def _read_file(path: Path, limit: int | None) -> list[dict[str, Any]]:
     if path.is_dir():
         raise DataError(f"'{path}' is a folder. Give one file of it ({', '.join(SUFFIXES)}).")
@@ -79,16 +99,17 @@ def _read_file(path: Path, limit: int | None) -> list[dict[str, Any]]:
         hint = f" Beside it: {', '.join(close)}." if close else ""
         raise DataError(f"There is no file '{path}'.{hint} A Hub data set is written org/name or org/name:split.")
     if path.suffix in LINES:
-        return _read_lines(path, limit)
+        return list(_lines(path, limit))
     if path.suffix == ".json":
         return _read_list(path, limit)
     if path.suffix == ".parquet":
-        return _read_parquet(path, limit)
+        return list(islice(_parquet_rows(path), limit))
     raise DataError(f"'{path.name}' is of no known kind; needed is one of {', '.join(SUFFIXES)}.")
 
 
-def _read_lines(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    rows, faults = [], RowFaults()
+def _lines(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows, and raise what is wrong with some of them after the last."""
+    given, faults = 0, RowFaults()
     with path.open("rb") as lines:
         # Iterating over bytes splits at \n only. str.splitlines would also split inside a JSON string, at U+2028 and others.
         for number, line in enumerate(lines, start=1):
@@ -97,13 +118,15 @@ def _read_lines(path: Path, limit: int | None) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                rows.append(_as_row(_parse(line)))
+                row = _as_row(_parse(line))
             except ValueError as fault:
                 faults.add(f"line {number}", str(fault))
-            if len(rows) == limit:
+                continue
+            yield row
+            given += 1
+            if given == limit:
                 break
     faults.raise_if_any(f"'{path.name}' is not valid JSON Lines", "Each line must be one JSON object.")
-    return rows
 
 
 def _read_list(path: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -124,22 +147,18 @@ def _read_list(path: Path, limit: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_parquet(path: Path, limit: int | None) -> list[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "data", "Reading Parquet") from None
-    rows: list[dict[str, Any]] = []
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                rows += batch.to_pylist()
-                if limit is not None and len(rows) >= limit:
-                    break
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as fault:
         raise DataError(f"'{path.name}' cannot be read as Parquet: {fault}") from fault
-    return rows[:limit]
 
 
 def _read_hub(repo: str, config: str | None, split: str, limit: int | None) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from luthier.core.lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "Contamination": "luthier.evaluate.contamination",
         "Contestant": "luthier.evaluate.scores",
         "DEFAULT_POLICY": "luthier.evaluate.policy",
         "GateReport": "luthier.evaluate.gate",
@@ -26,6 +27,8 @@ __getattr__, __all__ = lazy_names(
         "SuiteScores": "luthier.evaluate.scores",
         "decide": "luthier.evaluate.gate",
         "exact_match": "luthier.evaluate.metrics",
+        "find_contamination": "luthier.evaluate.contamination",
+        "find_suites": "luthier.evaluate.shipped",
         "is_json_container": "luthier.evaluate.metrics",
         "json_scores": "luthier.evaluate.metrics",
         "load_suite": "luthier.evaluate.suites",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.core.errors import ConfigError, DataError
-from luthier.data import read_rows
+from luthier.data import read_rows, stream_rows
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -128,6 +128,31 @@ def test_limit_reads_the_first_rows_and_no_further(tmp_path):
     assert read_rows(tmp_path / "rows.jsonl", limit=2).rows == [{"a": 1}, {"a": 2}]
     with pytest.raises(ConfigError, match="limit is 0"):
         read_rows(tmp_path / "rows.jsonl", limit=0)
+
+
+def test_streamed_rows_are_the_rows_read(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"n": n, "text": f"\u2028 {n}"} for n in range(7)]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
+        assert list(stream_rows(tmp_path / name)) == rows
+    with pytest.raises(DataError, match="no file"):
+        next(stream_rows(tmp_path / "rows.jsonk"))
+    (tmp_path / "none.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        next(stream_rows(tmp_path / "none.jsonl"))
+
+
+def test_a_streamed_row_comes_before_the_rest_is_read_and_the_faults_after_the_last(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n{"n": \n{"n": 3}\n[4]\n')
+    seen = []
+    with pytest.raises(DataError, match=r"(?s)2 faults.*line 2.*line 4"):
+        seen.extend(stream_rows(path))
+    rows = stream_rows(path)
+    assert [next(rows), next(rows)] == [{"n": 1}, {"n": 3}]
 
 
 def test_mistyped_file_names_what_lies_beside_it(tmp_path):
