@@ -17,7 +17,10 @@ def evaluate(
     data: str | None = typer.Option(None, "--data", "-d", help="Held-out rows. Default: those the run named."),
     model: str | None = MODEL,
     suite: list[str] = typer.Option(
-        [], "--suite", "-s", help="Suite file, or NAME=PATH of a public suite (blimp, gsm8k, ...); instead of rows; repeatable."
+        [],
+        "--suite",
+        "-s",
+        help="Instead of rows: 'general', one of its parts, a suite file, or NAME=PATH of a public suite; repeatable.",
     ),
     limit: int | None = typer.Option(None, min=1, help="Judge only so many rows, or items of each suite."),
     max_new_tokens: int = typer.Option(128, min=1, help="Longest answer, in tokens."),

@@ -66,6 +66,9 @@ def test_the_incumbent_is_named_as_the_baseline(gate):
     [
         (("--candidate", "none.json", "--base", "base.json"), "cannot be read"),
         (("--candidate", "mine.json"), "--candidate FILE --base FILE"),
+        ((*BOTH, "--suite", "general"), "have no effect on scores"),
+        (("runs/mine", *BOTH), "give one of the two"),
+        (("runs/mine",), "name the suites"),
         (BOTH, "asks for a suite of kind 'task'"),
         ((*BOTH, "--policy", "none.toml"), "there is no policy file"),
     ],
@@ -101,3 +104,37 @@ def test_the_table_names_slices_and_drivers(gate):
     row = next(line for line in out.splitlines() if "negation" in line and "12%" in line)
     assert "60" in row and "146%" in row and "38" in row
     assert "what carries drops" in out and "slice 'negation', 12% of the items" in out
+
+
+SUITE = 'name = "{0}"\nkind = "{1}"\ntype = "{2}"\ndata = "rows.jsonl"\n{3}\n'
+
+
+def test_an_adapter_is_put_to_suites_beside_its_base(luthier, trained, tmp_path, monkeypatch):
+    """The same numbers as `luthier eval` saves, and what was trained on is left out."""
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+    rows = [{"good": f"Please refret number {n} by noon today.", "bad": f"By it refret {n} please noon."} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    pair = 'good = "{{ good }}"\nbad = "{{ bad }}"'
+    (tmp_path / "order.toml").write_text(SUITE.format("order", "capability", "pairs", pair))
+    (tmp_path / "texts.toml").write_text(SUITE.format("texts", "drift", "rolling", 'text = "{{ good }}"'))
+    suites = ("--suite", "order.toml", "--suite", "texts.toml")
+    said = luthier("gate", trained, *suites, "--policy", write_loose(tmp_path), "--train", "seen.jsonl", "--json")
+    assert said.status in (0, 1, 3), said.err
+    found = json.loads(said.out)
+    assert said.status == found["exit_code"]
+    assert [(each["suite"], each["n"]) for each in found["suites"]] == [("order", 26), ("texts", 26)]
+    assert found["contaminated"] == {"order": 4, "texts": 4}
+    assert found["base"]["fingerprint"]
+
+    assert luthier("eval", trained, *suites, "--save", "scores.json").status == 0
+    again = luthier("gate", "--candidate", "scores.json", "--base", "scores-base.json", "--policy", "loose.toml", "--json")
+    whole = json.loads(again.out)
+    assert [each["n"] for each in whole["suites"]] == [30, 30]
+    kept = json.loads((tmp_path / "scores.json").read_text())["suites"][1]["items"][4:]
+    assert found["suites"][1]["candidate"] == pytest.approx(sum(each["score"] for each in kept) / 26)
+
+
+def write_loose(folder):
+    (folder / "loose.toml").write_text(LOOSE.to_toml())
+    return "loose.toml"
