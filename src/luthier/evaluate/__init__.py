@@ -1,6 +1,6 @@
 """Judging adapters: metrics, statistics, and the same held-out rows or suites put to the base and to the adapter.
 
-Never trains; the only files it writes are what a base scored before (`base_cache`).
+Never trains; the only files it writes are scores (`scores`, and `base_cache` for what a base scored before).
 """
 
 from luthier.core.lazy import lazy_names
