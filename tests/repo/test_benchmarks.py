@@ -51,6 +51,15 @@ def test_snips_runs_tiny(root: Path, folder: Path) -> None:
     assert result["base"]["n"] == result["adapter"]["n"] == 4
 
 
+def test_gate_simulation_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "gate_simulation.py", "--trials", "4", "--items", "60")["found"]
+    kinds = {"single items, n = 60", "in 5 slices, n = 60", "in clusters of 5, n = 60", "graded, n = 60"}
+    assert set(result) == kinds
+    for figures in (figures for kind in result.values() for figures in kind.values()):
+        assert figures["fail"] + figures["pass"] + figures["inconclusive"] == pytest.approx(1)
+        assert {"found", "tolerance", "unpaired", "mcnemar", "standard_errors"} <= set(figures)
+
+
 @pytest.mark.slow
 def test_train_step_runs_tiny(root: Path, folder: Path) -> None:
     size = ("--rounds", "1", "--steps", "1", "--rows", "2", "--length", "32", "--dtype", "float32")

@@ -10,6 +10,7 @@ from luthier.cli import (
     baseline,
     contamination,
     evaluate,
+    gate,
     generate,
     inspect,
     merge,
@@ -41,6 +42,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("contamination")(contamination.contamination)
+app.command("gate")(gate.gate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.command("truncate")(truncate.truncate)

@@ -20,7 +20,7 @@ def evaluate(
         [],
         "--suite",
         "-s",
-        help="general, a part of it, a suite file, or NAME=PATH of a public suite; instead of rows; repeatable.",
+        help="Instead of rows: 'general', one of its parts, a suite file, or NAME=PATH of a public suite; repeatable.",
     ),
     limit: int | None = typer.Option(None, min=1, help="Judge only so many rows, or items of each suite."),
     max_new_tokens: int = typer.Option(128, min=1, help="Longest answer, in tokens."),

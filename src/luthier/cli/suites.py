@@ -1,14 +1,15 @@
-"""The part of `luthier eval` that puts suites to base and adapter."""
+"""Suites put to base and adapter, for `luthier eval` and `luthier gate`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.output import json_text, print_json
+from luthier.cli.output import print_json
 
 if TYPE_CHECKING:
+    from luthier.cli.loading import Loaded
     from luthier.evaluate.runner import SuiteRun
-    from luthier.evaluate.scores import SuiteScores
+    from luthier.evaluate.suites import Suite
 
 
 def evaluate_suites(
@@ -27,22 +28,19 @@ def evaluate_suites(
     console: Any,
 ) -> None:
     """Run the suites, show them side by side, and write each contestant's items to a file of its own."""
-    from luthier.cli.evaluate import progress_bar
-    from luthier.cli.loading import load
-    from luthier.evaluate.shipped import find_suites
-
-    suites = list(find_suites(named))
-    if limit is not None:
-        suites = [suite.limited(limit) for suite in suites]
-    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
-    from luthier.evaluate.base_cache import BaseScores
-    from luthier.evaluate.runner import run_suites
+    loaded, runs = put_suites(
+        adapter,
+        named_suites(named, limit),
+        model=model,
+        batch_tokens=batch_tokens,
+        remember=remember,
+        dtype=dtype,
+        quantize=quantize,
+        force=force,
+        console=console,
+    )
     from luthier.evaluate.suite_report import suite_facts, suites_table
 
-    base, tokenizer = loaded.base.model, loaded.base.tokenizer
-    known = BaseScores(base, tokenizer) if remember else None
-    with progress_bar(console) as on_progress:
-        runs = run_suites(base, tokenizer, suites, batch_tokens=batch_tokens, known=known, on_progress=on_progress)
     console.print(suites_table(runs))
     if save is not None:
         for path in _write(save, runs, adapter):
@@ -51,15 +49,49 @@ def evaluate_suites(
         print_json({"model": str(loaded.base.spec), "adapter": adapter, "suites": [suite_facts(run) for run in runs]})
 
 
+def named_suites(named: Sequence[str], limit: int | None) -> "list[Suite]":
+    """Return the suites by their names: a shipped one or all (`general`), a suite file, or NAME=PATH of a public suite."""
+    from luthier.evaluate.public import find_suite
+    from luthier.evaluate.shipped import find_suites
+
+    found = [suite for each in named for suite in ([find_suite(each)] if "=" in each else find_suites([each]))]
+    return found if limit is None else [suite.limited(limit) for suite in found]
+
+
+def put_suites(
+    adapter: str,
+    suites: "Sequence[Suite]",
+    *,
+    model: str | None,
+    batch_tokens: int,
+    remember: bool,
+    dtype: str,
+    quantize: str | None,
+    force: bool,
+    console: Any,
+) -> "tuple[Loaded, list[SuiteRun]]":
+    """Load the adapter on its base, and put the suites to both."""
+    from luthier.cli.evaluate import progress_bar
+    from luthier.cli.loading import load
+
+    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
+    from luthier.evaluate.base_cache import BaseScores
+    from luthier.evaluate.runner import run_suites
+
+    base, tokenizer = loaded.base.model, loaded.base.tokenizer
+    known = BaseScores(base, tokenizer) if remember else None
+    with progress_bar(console) as on_progress:
+        return loaded, run_suites(base, tokenizer, suites, batch_tokens=batch_tokens, known=known, on_progress=on_progress)
+
+
 def _write(save: Path, runs: "Sequence[SuiteRun]", adapter: str) -> list[Path]:
     """Write the adapter's scores to `save` and the base's beside it, each as one contestant for the gate."""
-    from luthier.core.atomic import write_atomic
-    from luthier.evaluate.scores import FORMAT
+    from luthier.evaluate.scores import Contestant, write_scores
 
-    sides: dict[Path, tuple[str | None, list[SuiteScores]]] = {
-        save: (adapter, [run.adapter for run in runs if run.adapter is not None]),
-        save.with_name(f"{save.stem}-base{save.suffix}"): (None, [run.base for run in runs]),
+    sides = {
+        save: Contestant(tuple(run.adapter for run in runs if run.adapter is not None), adapter=adapter),
+        save.with_name(f"{save.stem}-base{save.suffix}"): Contestant(tuple(run.base for run in runs)),
     }
-    for path, (name, suites) in sides.items():
-        write_atomic(path, json_text({"format": FORMAT, "adapter": name, "suites": [each.as_dict() for each in suites]}))
+    for path, contestant in sides.items():
+        write_scores(path, contestant)
     return list(sides)

@@ -3,9 +3,12 @@
 Plain data, no torch. Never decides anything.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from luthier.core.atomic import write_atomic
 from luthier.core.errors import DataError
 
 Kind = Literal["task", "capability", "drift"]
@@ -66,3 +69,53 @@ class SuiteScores:
             return cls(known["suite"], known["digest"], known["kind"], known["metric"], known["scale"], items)
         except (KeyError, TypeError, ValueError) as fault:
             raise DataError(f"these are not the scores of a suite: {fault!r} is missing or wrong") from fault
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """All suites of one contestant, and who it is as far as that is known."""
+
+    suites: tuple[SuiteScores, ...]
+    adapter: str | None = None
+    manifest_digest: str | None = None
+    fingerprint: Any = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        who = {"adapter": self.adapter, "manifest_digest": self.manifest_digest, "fingerprint": self.fingerprint}
+        return {"format": FORMAT, **who, "suites": [suite.as_dict() for suite in self.suites]}
+
+
+def write_scores(path: str | Path, contestant: Contestant) -> None:
+    """Write a contestant's scores to a JSON file, whole or not at all. Raises: StorageError."""
+    write_atomic(Path(path), json.dumps(contestant.as_dict(), ensure_ascii=False, allow_nan=False))
+
+
+def read_scores(path: str | Path) -> Contestant:
+    """Read what `write_scores` wrote; a plain list of suites, or one under "candidate" or "base", is read too.
+
+    Raises: DataError for a file that cannot be read or holds no scores, with the faults of all its suites.
+    """
+    try:
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"the scores in {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    who = known if isinstance(known, dict) else {}
+    lists = (
+        [known] if isinstance(known, list) else [who[key] for key in ("suites", "candidate", "base", "incumbent") if key in who]
+    )
+    if len(lists) != 1 or not isinstance(lists[0], list) or not lists[0]:
+        raise DataError(f"{path} holds no scores; needed: a list of suites, or one under 'suites', 'candidate' or 'base'")
+    suites, faults = [], []
+    for number, each in enumerate(lists[0]):
+        try:
+            if not isinstance(each, dict):
+                raise DataError(f"a suite is an object, not {each!r:.40}")
+            suites.append(SuiteScores.from_dict(each))
+        except DataError as error:
+            faults.append(f"  suite {number}: {error}")
+    if faults:
+        raise DataError("\n".join([f"{path} has {len(faults)} suites that cannot be read:", *faults]))
+    return Contestant(tuple(suites), *(who.get(key) for key in ("adapter", "manifest_digest", "fingerprint")))

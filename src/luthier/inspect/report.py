@@ -1,22 +1,10 @@
 """What the instruments found, as tables of words and as one HTML file that needs nothing else: no network, no script."""
 
-import base64
 from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
 
+from luthier.core.page import Table, html_page, html_remarks, html_section, html_table
 from luthier.inspect.similarity import LayerSimilarity, Similarity
 from luthier.inspect.spectra import AdapterSpectra, LayerSpectrum, OtherTensor
-
-Table = tuple[list[str], list[list[str]]]
-"""Head, rows."""
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; font-size: 13px; } th, td { padding: .15rem .6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr:nth-child(even) { background: #f4f4f4; } th { border-bottom: 1px solid; }
-img { max-width: 100%; } .wide { overflow-x: auto; } .remarks { background: #fff8e0; padding: .5rem 1rem; }
-"""
 
 
 def layer_table(layers: Sequence[LayerSpectrum], share: float) -> Table:
@@ -85,37 +73,12 @@ def html_report(
     pictures: Mapping[str, bytes],
 ) -> str:
     """Return the whole report as one HTML document; `facts` are its head, `pictures` PNG files by name."""
-    parts = [f"<h1>{escape(title)}</h1>", _html_table((["", ""], [[key, str(value)] for key, value in facts.items() if value]))]
-    if remarks:
-        parts.append(f'<div class="remarks">{"".join(f"<p>{escape(remark)}</p>" for remark in remarks)}</div>')
-    parts += _section("Sizes", pictures.get("norms.png"), None)
-    parts += _section(
+    parts = [html_table((["", ""], [[key, str(value)] for key, value in facts.items() if value])), *html_remarks(remarks)]
+    parts += html_section("Sizes", pictures.get("norms.png"), None)
+    parts += html_section(
         "Spectra", pictures.get("spectra.png"), layer_table(spectra.layers, spectra.share) if spectra.layers else None
     )
-    parts += _section("Trained whole", None, other_table(spectra.others) if spectra.others else None)
+    parts += html_section("Trained whole", None, other_table(spectra.others) if spectra.others else None)
     if similarity is not None:
-        parts += _section("Against the other adapter", pictures.get("similarity.png"), similarity_table(similarity.layers))
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, picture: bytes | None, table: Table | None) -> list[str]:
-    if picture is None and table is None:
-        return []
-    parts = [f"<h2>{escape(title)}</h2>"]
-    if picture is not None:
-        data = base64.b64encode(picture).decode()
-        parts.append(f'<p><img alt="{escape(title)}" src="data:image/png;base64,{data}"></p>')
-    return parts + ([] if table is None else [_html_table(table)])
-
-
-def _html_table(table: Table) -> str:
-    head, rows = table
-
-    def line(cells: Sequence[Any], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-    return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
+        parts += html_section("Against the other adapter", pictures.get("similarity.png"), similarity_table(similarity.layers))
+    return html_page(title, parts)
