@@ -99,11 +99,14 @@ def _trained_on(adapter: str, train: str | None, suites: "Sequence[Suite]", cons
 
 
 def _contestants(adapter: str, loaded: Any, runs: "Sequence[Any]") -> "tuple[Contestant, Contestant]":
+    from luthier.cli.loading import adapter_folder
     from luthier.evaluate import Contestant
     from luthier.formats.adapters import fingerprint_of
+    from luthier.registry.intake import examine
 
+    manifest = examine(adapter_folder(adapter)).manifest_digest
     base = Contestant(tuple(run.base for run in runs), fingerprint=fingerprint_of(loaded.base.model).identity())
-    return Contestant(tuple(run.adapter for run in runs), adapter=adapter), base
+    return Contestant(tuple(run.adapter for run in runs), adapter=adapter, manifest_digest=manifest), base
 
 
 def _tell(report: "GateReport", html: Path | None, save: Path | None, as_json: bool, console: Any) -> None:
