@@ -28,7 +28,7 @@ class RemoteBlobs(BlobStore):
         self.place = url.rstrip("/")
         protocol = url.partition("://")[0]
         try:
-            self.files, self.root = url_to_fs(self.place, use_listings_cache=False)
+            self.files, self.root = url_to_fs(self.place, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
             raise MissingExtraError("s3fs", "s3", f"A store of blobs at {protocol}://") from error
         except ValueError as error:

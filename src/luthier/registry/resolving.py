@@ -36,14 +36,17 @@ def resolve(registry: Registry, reference: str) -> Path:
         check_usable(version)
         files = list(version.files)
         folder = registry.cache / version.adapter.name / f"{version.version}-{version.manifest_digest[:16]}"
-    if folder_fault(folder, files) is None:
+        known = select(CopyElsewhere.id).filter_by(version_id=version.id, location=str(folder))
+        is_known = session.scalar(known) is not None  # the folder may be another registry's, which shares the cache
+    is_whole = folder_fault(folder, files) is None
+    if is_known and is_whole:
         return folder
     with registry.database.writing() as session:  # noted first: a copy that nobody knows of would outlive an erasure
         check_usable(session.get_one(AdapterVersion, version.id, with_for_update={"read": True}))
-        known = select(CopyElsewhere.id).filter_by(version_id=version.id, location=str(folder))
         if session.scalar(known) is None:
             session.add(CopyElsewhere(version_id=version.id, kind=CACHED, location=str(folder)))
-    _fetch(registry, folder, files)
+    if not is_whole:
+        _fetch(registry, folder, files)
     return folder
 
 

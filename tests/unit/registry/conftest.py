@@ -68,8 +68,11 @@ def registry(sqlite_template: Path, tmp_path: Path) -> Iterator[Registry]:
 
 
 @pytest.fixture
-def postgres_registry(postgres_server: str, postgres_template: str, tmp_path: Path) -> Iterator[Registry]:
-    """Return an empty registry on PostgreSQL, with its blobs in a temporary folder."""
+def postgres_registry(
+    postgres_server: str, postgres_template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Registry]:
+    """Return an empty registry on PostgreSQL, with its blobs and its cache in a temporary folder."""
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
     with fresh_database(postgres_server, postgres_template) as url:
         opened = open_registry(f"{url}&blobs={tmp_path / 'blobs'}")
         yield opened

@@ -129,7 +129,7 @@ BREAKS: dict[str, tuple[Callable[[Registry, str], Any], str]] = {
     "one flipped bit": (damage, "damaged"),
     "a later fail": (lambda r, v: judge(r, v, "fail"), "is fail"),
     "a later inconclusive": (lambda r, v: judge(r, v, "inconclusive"), "how many items would decide"),
-    "too old": (lambda r, _: rules(r, gate_age_days=1e-6), "days old"),
+    "too old": (lambda r, _: rules(r, gate_age_days=1e-9), "days old"),
     "another policy": (lambda r, _: rules(r, policy="b" * 64), "another policy than bbbb"),
     "an objection": (object_to, "1 of 2 approvals .cem.*\n.*bob objected"),
     "more approvals": (lambda r, _: rules(r, approvals=3), "2 of 3 approvals .bob, cem."),

@@ -54,7 +54,7 @@ def test_a_version_becomes_the_folder_that_was_registered(any_registry: Registry
     assert contents(found) == contents(folder)
     assert resolve(any_registry, "team/orders:stable") == resolve(any_registry, "team/orders") == found
     with any_registry.database.reading() as session:
-        assert session.scalars(select(schema.CopyElsewhere.location)).all() == [str(found)]
+        assert set(session.scalars(select(schema.CopyElsewhere.location))) == {str(folder), str(found)}
 
 
 def test_a_copy_that_was_changed_is_fetched_again(registry: Registry, folder: Path) -> None:
