@@ -1,5 +1,7 @@
 """Tiny random models of three families, and a tokenizer whose tokens are bytes."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -77,7 +79,7 @@ def byte_tokenizer():
 
 
 def build(family):
-    config = CONFIGS[family]
+    config = copy.deepcopy(CONFIGS[family])
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
