@@ -51,10 +51,9 @@ def evaluate_suites(
 
 def named_suites(named: Sequence[str], limit: int | None) -> "list[Suite]":
     """Return the suites by their names: a shipped one or all (`general`), a suite file, or NAME=PATH of a public suite."""
-    from luthier.evaluate.public import find_suite
     from luthier.evaluate.shipped import find_suites
 
-    found = [suite for each in named for suite in ([find_suite(each)] if "=" in each else find_suites([each]))]
+    found = list(find_suites(named))
     return found if limit is None else [suite.limited(limit) for suite in found]
 
 
