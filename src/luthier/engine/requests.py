@@ -1,0 +1,91 @@
+"""What is asked of the engine and what it answers: plain data, checked when it is made. Loads no torch."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from luthier.core.settings import Settings
+
+type Mix = tuple[tuple[str, float], ...]
+"""The adapters of a request with their weights, by the store's keys; () is the bare base."""
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Constraint(Settings):
+    """The form an answer must have; exactly one of these."""
+
+    json_schema: dict[str, Any] | None = Field(None, description="a JSON document that this schema accepts")
+    json_object: Literal[True] | None = Field(None, description="any JSON object")
+    regex: str | None = Field(None, description="a text that this regular expression matches whole")
+    choice: tuple[str, ...] | None = Field(None, description="one of these texts")
+    grammar: str | None = Field(None, description="a text of this grammar, in Lark's notation")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a constraint is exactly one of {', '.join(type(self).model_fields)}; given: {given or 'none'}")
+        if self.choice is not None and not all(self.choice):
+            raise ValueError("choice needs at least one text, and none of them empty")
+        return self
+
+
+class Sampling(Settings):
+    """How an answer is drawn and when it ends. The defaults are greedy and change no logit."""
+
+    max_new_tokens: int = Field(128, ge=1, description="the answer is cut off after so many tokens")
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: the likeliest token each time")
+    top_p: float = Field(1.0, gt=0, le=1, description="only the likeliest tokens whose probabilities add up to this")
+    top_k: int = Field(0, ge=0, description="only so many of the likeliest tokens; 0: all")
+    min_p: float = Field(0.0, ge=0, le=1, description="only tokens at least so likely as this share of the likeliest one")
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="logits of tokens seen are divided by it")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="taken off the logit of a token that the answer has")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="taken off for each time the answer has it")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="repeats the draw, alone or in company")
+    stop: tuple[str, ...] = Field((), description="texts that end the answer, which comes without them")
+    stop_token_ids: tuple[int, ...] = Field((), description="tokens that end the answer, beside the model's own")
+    ignore_eos: bool = Field(False, description="go on after the model's own stop tokens")
+    logprobs: int | None = Field(None, ge=0, le=50, description="log-probabilities of the tokens and of so many others")
+    constraint: Constraint | None = Field(None, description="the form the answer must have")
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if not all(self.stop):
+            raise ValueError("a stop text is empty, which every answer begins with")
+        if self.temperature == 0.0:
+            idle = [
+                name
+                for name in ("top_p", "top_k", "min_p", "seed")
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
+            if idle:
+                raise ValueError(
+                    f"{' and '.join(idle)} would have no effect at temperature 0; give a temperature above 0 to sample"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log-probability (nats) of a token of the answer, and of the likeliest others in its place."""
+
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. `token_ids` and `text` come without the stop token or stop text; "length" means it was cut off."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    first_token_seconds: float | None = field(default=None, compare=False)
+    seconds: float | None = field(default=None, compare=False)
+    error: str | None = None
