@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from luthier.core.settings import Settings
 
-type Mix = tuple[tuple[str, float], ...]
+Mix = tuple[tuple[str, float], ...]
 """The adapters of a request with their weights, by the store's keys; () is the bare base."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -54,17 +54,15 @@ class Sampling(Settings):
     def _has_an_effect(self) -> Self:
         if not all(self.stop):
             raise ValueError("a stop text is empty, which every answer begins with")
-        if self.temperature == 0.0:
-            idle = [
-                name
-                for name in ("top_p", "top_k", "min_p", "seed")
-                if getattr(self, name) != type(self).model_fields[name].default
-            ]
-            if idle:
-                raise ValueError(
-                    f"{' and '.join(idle)} would have no effect at temperature 0; give a temperature above 0 to sample"
-                )
+        drawing = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(self, name) != _default(name)]
+        if self.temperature == 0.0 and drawing:
+            idle = " and ".join(drawing)
+            raise ValueError(f"{idle} would have no effect at temperature 0; give a temperature above 0 to sample")
         return self
+
+
+def _default(name: str) -> Any:
+    return Sampling.model_fields[name].default
 
 
 @dataclass(frozen=True)
