@@ -1,0 +1,50 @@
+"""From a loaded model to a decoder of our own, compared with the model before it is believed.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.engine.decoder import Decoder
+from luthier.engine.layouts import UnknownLayoutError, layout_of
+from luthier.engine.runner import Piece, Runner
+from luthier.ops.products import fast_products
+
+PROBE = 11
+"""Tokens of the comparison: some in one piece, some in a second one, some one by one."""
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""How far logits may be from the model's, relative in norm, by the dtype the model is kept in."""
+
+
+def decoder_for(model: Any) -> Decoder:
+    """Return the engine's decoder for a transformers model without adapters, in the dtype that multiplies fast on its device.
+
+    Raises: UnknownLayoutError if the architecture is not known, or if the two do not give the same numbers.
+    """
+    layout = layout_of(model)
+    with torch.inference_mode():
+        decoder = Decoder(layout, fast_products(layout.embedding))
+        _compare(model, decoder)
+    return decoder
+
+
+def _compare(model: Any, decoder: Decoder) -> None:
+    vocabulary = len(decoder.layout.embedding)
+    ids = torch.arange(PROBE) * 7919 % vocabulary
+    wanted = model(input_ids=ids[None].to(decoder.device), use_cache=False).logits[0].float()
+    runner = Runner(decoder)
+    runner.open("probe", (), ids.tolist(), PROBE)
+    found: list[Tensor] = []
+    rows = []
+    for start, stop in ((0, 5), (5, 8), *((each, each + 1) for each in range(8, PROBE))):
+        found.append(runner.step([Piece("probe", ids[start:stop].tolist())])[0])
+        rows.append(stop - 1)
+    found_TV, wanted_TV = torch.stack(found), wanted[rows]
+    error = float((found_TV - wanted_TV).norm() / wanted_TV.norm().clamp_min(1e-30))
+    limit = TOLERANCE[decoder.layout.embedding.dtype]
+    if not error <= limit:
+        raise UnknownLayoutError(f"the engine's forward differs from the model's by {error:.1e} (at most {limit:g})")

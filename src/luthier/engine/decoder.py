@@ -1,0 +1,123 @@
+"""The engine's own forward of a decoder: weights laid out for reading, many requests in one flat batch of rows.
+
+Never decides which rows run, never samples. The forward is the model's own equations; `decoder_for` compares the two before
+anything is served.
+
+Shapes: T rows of a step (tokens of several requests), I hidden width, H heads, D head width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier.engine.attention import StepAttention
+from luthier.engine.layouts import Block, Layout, Norm, Projection
+from luthier.engine.stacks import StepAdapters
+from luthier.ops.prepacked import Product, prepacked
+
+
+class _Multiplied:
+    """A projection whose parts are one product, its bias apart, since an adapter's magnitude must not scale it."""
+
+    def __init__(self, projection: Projection, dtype: torch.dtype):
+        self.projection = projection
+        weights = [weight.to(dtype) for weight in projection.weights]
+        self.product: Product = prepacked(torch.cat(weights) if len(weights) > 1 else weights[0])
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in projection.biases):
+            parts = [
+                weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
+                for weight, bias in zip(projection.weights, projection.biases, strict=True)
+            ]
+            self.bias = torch.cat(parts)
+
+    def __call__(self, x_TI: Tensor, adapters: StepAdapters) -> Tensor:
+        return adapters.add(self.projection, self.product(x_TI), x_TI, self.bias)
+
+
+class _BlockForward:
+    def __init__(self, block: Block, dtype: torch.dtype):
+        self.block = block
+        self.qkv, self.o = _Multiplied(block.qkv, dtype), _Multiplied(block.o, dtype)
+        self.gate_up, self.down = _Multiplied(block.gate_up, dtype), _Multiplied(block.down, dtype)
+
+
+class Decoder:
+    """A base model ready to be served. It keeps copies of the weights in the layout that reads fastest."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype):
+        self.layout, self.dtype = layout, dtype
+        self.device = layout.embedding.device
+        self._blocks = [_BlockForward(block, dtype) for block in layout.blocks]
+        self._head = _Multiplied(layout.head, dtype)
+        self._embedding = layout.embedding.to(dtype)
+
+    @property
+    def projections(self) -> list[Projection]:
+        """All products that an adapter may add to."""
+        each = [(b.block.qkv, b.block.o, b.block.gate_up, b.block.down) for b in self._blocks]
+        return [projection for block in each for projection in block] + [self.layout.head]
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, adapters: StepAdapters, attention: StepAttention) -> Tensor:
+        """Return the last hidden states (T, I), the last norm applied, of the rows of one step."""
+        x_TI = F.embedding(ids_T, self._embedding)
+        if self.layout.embedding_scale is not None:
+            x_TI = x_TI * self.layout.embedding_scale.to(self.dtype)
+        angles = {kind: self._angles(rope(positions_T)) for kind, rope in self.layout.ropes.items()}
+        for layer, forward in enumerate(self._blocks):
+            block = forward.block
+            seen = self._attention(layer, forward, _normed(x_TI, block.attention_norm), angles[block.rope], adapters, attention)
+            x_TI = x_TI + (seen if block.after_attention is None else _normed(seen, block.after_attention))
+            gated = self._gated(forward.gate_up(_normed(x_TI, block.mlp_norm), adapters))
+            made = forward.down(gated, adapters)
+            x_TI = x_TI + (made if block.after_mlp is None else _normed(made, block.after_mlp))
+        return _normed(x_TI, self.layout.norm)
+
+    def logits(self, hidden_TI: Tensor, adapters: StepAdapters) -> Tensor:
+        """Return the logits (T, V) in float32 of some last hidden states."""
+        logits_TV = self._head(hidden_TI, adapters).float()
+        cap = self.layout.logit_softcap
+        return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap
+
+    def _attention(
+        self,
+        layer: int,
+        forward: _BlockForward,
+        x_TI: Tensor,
+        angles: tuple[Tensor, Tensor],
+        adapters: StepAdapters,
+        attention: StepAttention,
+    ) -> Tensor:
+        block = forward.block
+        qkv = forward.qkv(x_TI, adapters).view(len(x_TI), -1, block.head_dim)
+        both, values = qkv[:, : block.heads + block.kv_heads], qkv[:, block.heads + block.kv_heads :]
+        if block.q_norm is not None and block.k_norm is not None:
+            both = torch.cat([_normed(both[:, : block.heads], block.q_norm), _normed(both[:, block.heads :], block.k_norm)], 1)
+        both = _rotated(both, *angles)
+        seen = attention.attend(layer, block, both[:, : block.heads], both[:, block.heads :], values)
+        return forward.o(seen, adapters)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        width = gate_up.shape[1] // 2
+        return self.layout.activation(gate_up[:, :width]).mul_(gate_up[:, width:])
+
+    def _angles(self, cos_sin: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(T, 1, D) cosines, and (T, 1, D / 2) sines, of which both halves are the same."""
+        cos, sin = (each.to(self.dtype)[:, None] for each in cos_sin)
+        return cos, sin[..., : sin.shape[-1] // 2].contiguous()
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
+
+
+def _rotated(heads_THD: Tensor, cos_T1D: Tensor, half_sin_T1: Tensor) -> Tensor:
+    """Turn the halves of each head by its token's angles, as `ops.elementwise.rotate_plain` does."""
+    left, right = heads_THD.chunk(2, dim=-1)
+    turned = heads_THD * cos_T1D
+    half = left.shape[-1]
+    turned[..., :half].addcmul_(right, half_sin_T1, value=-1)
+    turned[..., half:].addcmul_(left, half_sin_T1)
+    return turned

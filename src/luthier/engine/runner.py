@@ -1,0 +1,151 @@
+"""One step of many requests through the decoder: rows in, logits of each request's last row out.
+
+Decides nothing: the scheduler says who runs, the engine which adapters are active. A request keeps its slot from `open` to
+`close`; its tokens come in order, in pieces of any size.
+
+Shapes: T rows, I hidden width, V vocabulary, B requests of the step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luthier.engine.attention import Chunk, StepAttention
+from luthier.engine.decoder import Decoder
+from luthier.engine.kv import KvCache, Slot
+from luthier.engine.prefix import PrefixCache
+from luthier.engine.requests import Mix
+from luthier.engine.stacks import LONG, AdapterStacks, PairLike, Run, StepAdapters
+
+BASE = ""
+"""The name of the untouched base among the decoders."""
+
+
+@dataclass
+class _Running:
+    slot: Slot
+    decoder: str
+    mix: Mix
+    identity: Mix
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of a request. `wants_logits`: whether the last one is to be continued."""
+
+    id: str
+    tokens: Sequence[int]
+    wants_logits: bool = True
+
+
+class Runner:
+    """Runs requests of the base, of batched adapters, and of adapters that had to be merged into a copy of the base."""
+
+    def __init__(self, decoder: Decoder, *, prefix_bytes: int = 0):
+        block = decoder.layout.blocks[0].block if hasattr(decoder.layout.blocks[0], "block") else decoder.layout.blocks[0]
+        self.decoders = {BASE: decoder}
+        self.device, self.dtype = decoder.device, decoder.dtype
+        self.kv = KvCache(len(decoder.layout.blocks), block.kv_heads, block.head_dim, decoder.dtype, decoder.device)
+        self.stacks = AdapterStacks(decoder.projections, decoder.dtype, decoder.device)
+        self.prefix = PrefixCache(prefix_bytes) if prefix_bytes else None
+        self._running: dict[str, _Running] = {}
+
+    def activate(self, key: str, rank: int, pairs: "dict[str, PairLike]") -> None:
+        """Make room for an adapter in the batch."""
+        self.stacks.activate(key, rank, pairs)
+
+    def deactivate(self, key: str) -> None:
+        """Take an adapter, batched or merged, out again."""
+        if key in self.decoders:
+            del self.decoders[key]
+        else:
+            self.stacks.deactivate(key)
+
+    def activate_merged(self, key: str, decoder: Decoder) -> None:
+        """Serve an adapter through a decoder of its own, into which it was merged."""
+        self.decoders[key] = decoder
+
+    def cached_tokens(self, mix: Mix, tokens: Sequence[int]) -> int:
+        """How many first tokens of such a prompt would not have to run."""
+        return self.prefix.match(mix, tokens) if self.prefix is not None else 0
+
+    def open(self, id: str, mix: Mix, prompt: Sequence[int], room: int) -> int:
+        """Reserve `room` tokens for a request; return how many tokens of its prompt are there already."""
+        merged = [key for key, _ in mix if key in self.decoders]
+        slot = self.kv.open(id, room)
+        running = _Running(slot, merged[0] if merged else BASE, () if merged else mix, mix, [])
+        self._running[id] = running
+        kept = self.prefix.read(mix, prompt) if self.prefix is not None else None
+        if kept is not None:
+            self.kv.write(id, 0, kept)
+            running.tokens.extend(prompt[: slot.length])
+        return slot.length
+
+    def close(self, id: str) -> None:
+        """End a request; what it computed may serve as the beginning of others."""
+        self.remember(id)
+        del self._running[id]
+        self.kv.close(id)
+
+    def remember(self, id: str) -> None:
+        """Keep the whole blocks that a request has computed so far."""
+        running = self._running[id]
+        if self.prefix is None:
+            return
+        start = self.prefix.missing(running.identity, running.tokens)
+        if start is not None:
+            kept = self.kv.read(id, start, running.slot.length)
+            self.prefix.keep(running.identity, running.tokens, start, kept)
+
+    def step(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run the next tokens of some requests. Returns float32 logits (B, V), a row for each piece that wants them, in order."""
+        wanted = [place for place, piece in enumerate(pieces) if piece.wants_logits]
+        rows: dict[int, Tensor] = {}
+        for name, decoder in self.decoders.items():
+            own = [place for place, piece in enumerate(pieces) if self._running[piece.id].decoder == name]
+            if own:
+                rows |= self._run(decoder, pieces, own)
+        for piece in pieces:
+            running = self._running[piece.id]
+            running.tokens.extend(piece.tokens)
+            running.slot.length += len(piece.tokens)
+        if not wanted:
+            return torch.empty(0, decoder.layout.embedding.shape[0])
+        if len(self.decoders) == 1 and list(rows) == wanted:
+            return rows[-1] if -1 in rows else torch.stack([rows[place] for place in wanted])
+        return torch.stack([rows[place] for place in wanted])
+
+    def _run(self, decoder: Decoder, pieces: Sequence[Piece], places: Sequence[int]) -> dict[int, Tensor]:
+        """Run some of the pieces through one decoder; return the logits of each that wants them, by place."""
+        single = [place for place in places if len(pieces[place].tokens) == 1 and self._slot(pieces[place]).length]
+        single.sort(key=lambda place: (self._slot(pieces[place]).slab.capacity, self._slot(pieces[place]).index))
+        several = sorted((place for place in places if place not in set(single)), key=lambda place: len(pieces[place].tokens) >= LONG)
+        ids, positions, runs, chunks, last = [], [], [], [], {}
+        for place in (*single, *several):
+            piece, running = pieces[place], self._running[pieces[place].id]
+            start = len(ids)
+            ids.extend(piece.tokens)
+            positions.extend(range(running.slot.length, running.slot.length + len(piece.tokens)))
+            runs.append(Run(start, len(ids), running.mix))
+            last[place] = len(ids) - 1
+            if len(chunks) or place not in set(single):
+                chunks.append(Chunk(running.slot, start, len(piece.tokens)))
+        attention = StepAttention([self._slot(pieces[place]) for place in single], chunks, self.device)
+        adapters = StepAdapters(self.stacks, runs)
+        hidden_TI = decoder.hidden(
+            torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), adapters, attention
+        )
+        wanted = [place for place in (*single, *several) if pieces[place].wants_logits]
+        if not wanted:
+            return {}
+        if len(wanted) < len(ids):
+            hidden_TI = hidden_TI[torch.tensor([last[place] for place in wanted], device=self.device)]
+            runs = [Run(row, row + 1, self._running[pieces[place].id].mix) for row, place in enumerate(wanted)]
+            adapters = StepAdapters(self.stacks, runs)
+        return dict(zip(wanted, decoder.logits(hidden_TI, adapters), strict=True))
+
+    def _slot(self, piece: Piece) -> Slot:
+        return self._running[piece.id].slot

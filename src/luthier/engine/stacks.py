@@ -1,0 +1,203 @@
+"""The adapters that are active now, laid below each other for `ops.stacked`, and what each row of a step takes of them.
+
+Every active adapter has a segment of columns, the same in every projection, as wide as its largest rank. Segments are found once
+when an adapter becomes active; a step only says which rows take which segments. Never loads an adapter, never decides which are active.
+
+Shapes: T rows of a step, R columns of all segments, P parts of a projection, I inputs, O outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from luthier.engine.layouts import Projection
+from luthier.engine.requests import Mix
+from luthier.ops.stacked import add_stacked
+
+LONG = 32
+"""Rows from which on a run of one request takes its own segment only, instead of all segments under a mask."""
+
+
+class PairLike(Protocol):
+    """What a stack reads of an adapter's pair (`engine.adapters.Pair`)."""
+
+    @property
+    def A(self) -> Tensor: ...  # noqa: D102
+    @property
+    def B(self) -> Tensor: ...  # noqa: D102
+    @property
+    def magnitude(self) -> Tensor | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns [start, start + width) of every stack belong to one adapter."""
+
+    start: int
+    width: int
+
+    @property
+    def columns(self) -> slice:
+        """The columns as a slice."""
+        return slice(self.start, self.start + self.width)
+
+
+class Stack:
+    """The pairs of all active adapters for one projection."""
+
+    def __init__(self, projection: Projection, capacity: int, dtype: torch.dtype, device: torch.device):
+        self.projection = projection
+        self.users: set[str] = set()
+        self.factors: dict[str, Tensor] = {}
+        inputs = projection.weights[0].shape[1]
+        self.A = torch.zeros(capacity, len(projection.paths), inputs, dtype=dtype, device=device)
+        self.parts = [torch.zeros(capacity, width, dtype=dtype, device=device) for width in projection.widths]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more columns; what is there stays."""
+        more = capacity - len(self.A)
+        self.A = torch.cat([self.A, self.A.new_zeros(more, *self.A.shape[1:])])
+        self.parts = [torch.cat([part, part.new_zeros(more, part.shape[1])]) for part in self.parts]
+
+    def put(self, key: str, segment: Segment, pairs: Mapping[str, PairLike]) -> None:
+        """Write an adapter's pairs into its segment, zeros where it has none."""
+        columns = segment.columns
+        self.A[columns] = 0
+        factors: list[Tensor] = []
+        for part, path in enumerate(self.projection.paths):
+            self.parts[part][columns] = 0
+            pair = pairs.get(path)
+            if pair is not None:
+                rank = slice(segment.start, segment.start + pair.A.shape[0])
+                self.A[rank, part] = pair.A.to(self.A)
+                self.parts[part][rank] = pair.B.to(self.A).t()
+            magnitude = None if pair is None else pair.magnitude
+            factors.append(self.A.new_ones(self.projection.widths[part]) if magnitude is None else magnitude.to(self.A))
+        self.users.add(key)
+        if any(path in pairs and pairs[path].magnitude is not None for path in self.projection.paths):
+            self.factors[key] = torch.cat(factors)
+
+    def drop(self, key: str) -> None:
+        """Forget an adapter. Its numbers may stay: no mask gives them to anyone."""
+        self.users.discard(key)
+        self.factors.pop(key, None)
+
+
+class AdapterStacks:
+    """The segments of the active adapters, and a stack for each projection that one of them changes."""
+
+    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, device: torch.device):
+        self._projections = {path: projection for projection in projections for path in projection.paths}
+        self._stacks: dict[tuple[str, ...], Stack] = {}
+        self.segments: dict[str, Segment] = {}
+        self._capacity = 0
+        self.dtype, self.device = dtype, device
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all stacks."""
+        tensors = [tensor for stack in self._stacks.values() for tensor in (stack.A, *stack.parts)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def stack(self, projection: Projection) -> Stack | None:
+        """Return the stack of a projection, None where no adapter has changed it so far."""
+        return self._stacks.get(projection.paths)
+
+    def activate(self, key: str, rank: int, pairs: Mapping[str, PairLike]) -> None:
+        """Give an adapter a segment and write its pairs there. Paths are those of the base model's layers."""
+        strange = sorted(set(pairs) - set(self._projections))
+        assert not strange, f"the store let pairs through that the engine has no place for: {strange[:3]}"
+        segment = self._place(rank)
+        self.segments[key] = segment
+        by_projection: dict[tuple[str, ...], Projection] = {}
+        for path in pairs:
+            projection = self._projections[path]
+            by_projection[projection.paths] = projection
+        for paths, projection in by_projection.items():
+            if paths not in self._stacks:
+                self._stacks[paths] = Stack(projection, self._capacity, self.dtype, self.device)
+            self._stacks[paths].put(key, segment, pairs)
+
+    def deactivate(self, key: str) -> None:
+        """Free an adapter's segment."""
+        del self.segments[key]
+        for stack in self._stacks.values():
+            stack.drop(key)
+        if not self.segments:
+            self._stacks.clear()
+            self._capacity = 0
+
+    def _place(self, width: int) -> Segment:
+        """The first gap that is wide enough, else new columns at the end."""
+        start = 0
+        for segment in sorted(self.segments.values(), key=lambda each: each.start):
+            if segment.start - start >= width:
+                break
+            start = segment.start + segment.width
+        if start + width > self._capacity:
+            self._capacity = max(2 * self._capacity, start + width)
+            for stack in self._stacks.values():
+                stack.grow(self._capacity)
+        return Segment(start, width)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows [start, stop) of a step that belong to one request."""
+
+    start: int
+    stop: int
+    mix: Mix
+
+
+class StepAdapters:
+    """What each row of one step takes of the stacks. Runs must cover the rows in order, those of LONG rows and more last."""
+
+    def __init__(self, stacks: AdapterStacks, runs: Sequence[Run]):
+        self._stacks = stacks
+        short = [run for run in runs if run.stop - run.start < LONG]
+        self.long = [run for run in runs if run.stop - run.start >= LONG and run.mix]
+        self.keys = {key for run in runs for key, _ in run.mix}
+        self.short_rows = short[-1].stop if short else 0
+        self.runs = runs
+        short_mixes = {run.mix for run in short}
+        segments = [stacks.segments[key] for mix in short_mixes for key, _ in mix]
+        self.columns = slice(min((s.start for s in segments), default=0), max((s.columns.stop for s in segments), default=0))
+        self.mask = None if len(short_mixes) == 1 and _is_whole(next(iter(short_mixes))) else self._mask(short)
+
+    def _mask(self, short: Sequence[Run]) -> Tensor:
+        mask_TR = torch.zeros(self.short_rows, self.columns.stop - self.columns.start)
+        for run in short:
+            for key, weight in run.mix:
+                segment = self._stacks.segments[key]
+                start = segment.start - self.columns.start
+                mask_TR[run.start : run.stop, start : start + segment.width] = weight
+        return mask_TR.to(self._stacks.device, self._stacks.dtype)
+
+    def add(self, projection: Projection, y_TO: Tensor, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Add to y, the base's product without its bias, what each row's adapters add, and the bias. Changes y in place."""
+        stack = self._stacks.stack(projection)
+        if stack is None or not (self.keys & stack.users):
+            return y_TO if bias_O is None else y_TO.add_(bias_O)
+        if self.columns.stop > self.columns.start:
+            rows = slice(0, self.short_rows)
+            add_stacked(y_TO[rows], x_TI[rows], stack.A[self.columns], [part[self.columns] for part in stack.parts], self.mask)
+        for run in self.long:
+            rows = slice(run.start, run.stop)
+            for key, weight in run.mix:
+                columns = self._stacks.segments[key].columns
+                mask = None if weight == 1.0 else y_TO.new_full((1, 1), weight)
+                add_stacked(y_TO[rows], x_TI[rows], stack.A[columns], [part[columns] for part in stack.parts], mask)
+        if self.keys & stack.factors.keys():
+            for run in self.runs:
+                for key, _ in run.mix:
+                    if key in stack.factors:
+                        y_TO[run.start : run.stop] *= stack.factors[key]
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+
+def _is_whole(mix: Mix) -> bool:
+    return len(mix) <= 1 and all(weight == 1.0 for _, weight in mix)
