@@ -28,11 +28,11 @@ class Chunk:
 
 @dataclass
 class _Decoding:
-    """The rows of one slab that decode: rows [row, row + len(slots))."""
+    """The rows of the step that decode in one slab."""
 
     slab: Slab
     slots: list[Slot]
-    row: int
+    rows: slice | Tensor
     index: Tensor
     positions: Tensor
     used: int
@@ -41,32 +41,38 @@ class _Decoding:
 
 
 class StepAttention:
-    """Where the rows of a step read and write. `decoding` slots come first and in this order, then the chunks."""
+    """Where the rows of a step read and write: first a row for each slot of `decoding`, then the chunks."""
 
     def __init__(self, decoding: Sequence[Slot], chunks: Sequence[Chunk], device: torch.device):
         self.chunks = chunks
         self.device = device
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._groups: list[_Decoding] = []
-        row = 0
-        while row < len(decoding):
-            slab = decoding[row].slab
-            slots = [slot for slot in decoding[row:] if slot.slab is slab]
-            index = torch.tensor([slot.index for slot in slots], device=device)
-            positions = torch.tensor([slot.length for slot in slots], device=device)
-            used = len(slab.slots)
-            is_all = [slot.index for slot in slots] == list(range(used))
-            self._groups.append(_Decoding(slab, slots, row, index, positions, used, is_all))
-            row += len(slots)
+        by_slab: dict[int, list[int]] = {}
+        for row, slot in enumerate(decoding):
+            by_slab.setdefault(slot.slab.capacity, []).append(row)
+        for rows in by_slab.values():
+            slots = [decoding[row] for row in rows]
+            used = len(slots[0].slab.slots)
+            is_run = rows == list(range(rows[0], rows[-1] + 1))
+            group = _Decoding(
+                slots[0].slab,
+                slots,
+                slice(rows[0], rows[-1] + 1) if is_run else torch.tensor(rows, device=device),
+                torch.tensor([slot.index for slot in slots], device=device),
+                torch.tensor([slot.length for slot in slots], device=device),
+                used,
+                [slot.index for slot in slots] == list(range(used)),
+            )
+            self._groups.append(group)
 
     def attend(self, layer: int, block: Block, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """Write the rows' keys and values, and return what each row sees, (T, H D)."""
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         for group in self._groups:
-            rows = slice(group.row, group.row + len(group.slots))
-            group.slab.keys[layer][group.index, :, group.positions] = k_TGD[rows]
-            group.slab.values[layer][group.index, :, group.positions] = v_TGD[rows]
-            out_THD[rows] = self._decode(layer, block, group, q_THD[rows])
+            group.slab.keys[layer][group.index, :, group.positions] = k_TGD[group.rows]
+            group.slab.values[layer][group.index, :, group.positions] = v_TGD[group.rows]
+            out_THD[group.rows] = self._decode(layer, block, group, q_THD[group.rows])
         for chunk in self.chunks:
             rows = slice(chunk.row, chunk.row + chunk.tokens)
             start, stop = chunk.slot.length, chunk.slot.length + chunk.tokens

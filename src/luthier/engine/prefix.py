@@ -1,8 +1,8 @@
 """Keys and values of prompts seen before, so that a common beginning is computed once.
 
-Kept in blocks of BLOCK tokens, each under a digest of everything that its numbers depend on: whose weights (the adapters with
-their content and weights) and all tokens up to its end. So requests of different adapters can never share, and a changed adapter has
-other keys by itself. Blocks are copies: evicting one hurts no running request.
+Kept in blocks of BLOCK tokens, each under a digest of everything that its numbers depend on: the adapters (by content) with their
+weights, and all tokens up to its end. So requests of different adapters can never share, and a changed adapter has other keys by
+itself. Blocks are copies: evicting one hurts no running request.
 
 Shapes: L layers, H KV heads, D head width.
 """

@@ -17,7 +17,7 @@ from luthier.engine.decoder import Decoder
 from luthier.engine.kv import KvCache, Slot
 from luthier.engine.prefix import PrefixCache
 from luthier.engine.requests import Mix
-from luthier.engine.stacks import LONG, AdapterStacks, PairLike, Run, StepAdapters
+from luthier.engine.stacks import AdapterStacks, PairLike, Run, StepAdapters, in_order
 
 BASE = ""
 """The name of the untouched base among the decoders."""
@@ -45,7 +45,7 @@ class Runner:
     """Runs requests of the base, of batched adapters, and of adapters that had to be merged into a copy of the base."""
 
     def __init__(self, decoder: Decoder, *, prefix_bytes: int = 0):
-        block = decoder.layout.blocks[0].block if hasattr(decoder.layout.blocks[0], "block") else decoder.layout.blocks[0]
+        block = decoder.layout.blocks[0]
         self.decoders = {BASE: decoder}
         self.device, self.dtype = decoder.device, decoder.dtype
         self.kv = KvCache(len(decoder.layout.blocks), block.kv_heads, block.head_dim, decoder.dtype, decoder.device)
@@ -113,17 +113,21 @@ class Runner:
             running.tokens.extend(piece.tokens)
             running.slot.length += len(piece.tokens)
         if not wanted:
-            return torch.empty(0, decoder.layout.embedding.shape[0])
-        if len(self.decoders) == 1 and list(rows) == wanted:
-            return rows[-1] if -1 in rows else torch.stack([rows[place] for place in wanted])
+            return torch.empty(0, len(self.decoders[BASE].layout.embedding))
         return torch.stack([rows[place] for place in wanted])
 
     def _run(self, decoder: Decoder, pieces: Sequence[Piece], places: Sequence[int]) -> dict[int, Tensor]:
         """Run some of the pieces through one decoder; return the logits of each that wants them, by place."""
-        single = [place for place in places if len(pieces[place].tokens) == 1 and self._slot(pieces[place]).length]
-        single.sort(key=lambda place: (self._slot(pieces[place]).slab.capacity, self._slot(pieces[place]).index))
-        several = sorted((place for place in places if place not in set(single)), key=lambda place: len(pieces[place].tokens) >= LONG)
-        ids, positions, runs, chunks, last = [], [], [], [], {}
+
+        def order(place: int) -> tuple[bool, bool, int]:
+            piece = pieces[place]
+            return in_order(self.stacks, self._running[piece.id].mix, len(piece.tokens))
+
+        single = sorted((place for place in places if len(pieces[place].tokens) == 1), key=order)
+        several = sorted((place for place in places if len(pieces[place].tokens) > 1), key=order)
+        ids: list[int] = []
+        positions: list[int] = []
+        runs, chunks, last = [], [], {}
         for place in (*single, *several):
             piece, running = pieces[place], self._running[pieces[place].id]
             start = len(ids)
@@ -131,7 +135,7 @@ class Runner:
             positions.extend(range(running.slot.length, running.slot.length + len(piece.tokens)))
             runs.append(Run(start, len(ids), running.mix))
             last[place] = len(ids) - 1
-            if len(chunks) or place not in set(single):
+            if len(piece.tokens) > 1:
                 chunks.append(Chunk(running.slot, start, len(piece.tokens)))
         attention = StepAttention([self._slot(pieces[place]) for place in single], chunks, self.device)
         adapters = StepAdapters(self.stacks, runs)

@@ -1,7 +1,7 @@
 """The adapters that are active now, laid below each other for `ops.stacked`, and what each row of a step takes of them.
 
 Every active adapter has a segment of columns, the same in every projection, as wide as its largest rank. Segments are found once
-when an adapter becomes active; a step only says which rows take which segments. Never loads an adapter, never decides which are active.
+when an adapter becomes active; a step only says which rows take which segments. Never loads an adapter, nor decides which is active.
 
 Shapes: T rows of a step, R columns of all segments, P parts of a projection, I inputs, O outputs.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from luthier.engine.layouts import Projection
 from luthier.engine.requests import Mix
-from luthier.ops.stacked import add_stacked
+from luthier.ops.stacked import add_grouped, add_stacked, prefers_groups
 
 LONG = 32
 """Rows from which on a run of one request takes its own segment only, instead of all segments under a mask."""
@@ -25,11 +25,11 @@ class PairLike(Protocol):
     """What a stack reads of an adapter's pair (`engine.adapters.Pair`)."""
 
     @property
-    def A(self) -> Tensor: ...  # noqa: D102
+    def A(self) -> Tensor: ...
     @property
-    def B(self) -> Tensor: ...  # noqa: D102
+    def B(self) -> Tensor: ...
     @property
-    def magnitude(self) -> Tensor | None: ...  # noqa: D102
+    def magnitude(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -152,52 +152,115 @@ class Run:
     stop: int
     mix: Mix
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it takes its segments alone, instead of all segments under a mask."""
+        return self.stop - self.start >= LONG
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Short rows of one whole adapter each, sorted by segment: all segments of `columns` are of width `rank`."""
+
+    rows: slice
+    columns: slice
+    rank: int
+    spread: Tensor | None
+    gathered: Tensor | None
+
 
 class StepAdapters:
-    """What each row of one step takes of the stacks. Runs must cover the rows in order, those of LONG rows and more last."""
+    """What each row of one step takes of the stacks.
+
+    Runs must cover the rows in order: `in_order` gives the order, those of the base first, long ones last.
+    """
 
     def __init__(self, stacks: AdapterStacks, runs: Sequence[Run]):
         self._stacks = stacks
-        short = [run for run in runs if run.stop - run.start < LONG]
-        self.long = [run for run in runs if run.stop - run.start >= LONG and run.mix]
-        self.keys = {key for run in runs for key, _ in run.mix}
-        self.short_rows = short[-1].stop if short else 0
-        self.runs = runs
-        short_mixes = {run.mix for run in short}
-        segments = [stacks.segments[key] for mix in short_mixes for key, _ in mix]
+        self.runs = [run for run in runs if run.mix]
+        self.long = [run for run in self.runs if run.is_long]
+        self.keys = {key for run in self.runs for key, _ in run.mix}
+        short = [run for run in self.runs if not run.is_long]
+        self.rows = slice(short[0].start, short[-1].stop) if short else slice(0, 0)
+        segments = [stacks.segments[key] for run in short for key, _ in run.mix]
         self.columns = slice(min((s.start for s in segments), default=0), max((s.columns.stop for s in segments), default=0))
-        self.mask = None if len(short_mixes) == 1 and _is_whole(next(iter(short_mixes))) else self._mask(short)
-
-    def _mask(self, short: Sequence[Run]) -> Tensor:
-        mask_TR = torch.zeros(self.short_rows, self.columns.stop - self.columns.start)
-        for run in short:
-            for key, weight in run.mix:
-                segment = self._stacks.segments[key]
-                start = segment.start - self.columns.start
-                mask_TR[run.start : run.stop, start : start + segment.width] = weight
-        return mask_TR.to(self._stacks.device, self._stacks.dtype)
+        is_one = len({run.mix for run in short}) == 1 and _is_whole(short[0].mix)
+        self.groups = None if is_one or not prefers_groups(stacks.dtype) else self._grouped(short)
+        self.mask = None if is_one or self.groups else self._mask(short)
 
     def add(self, projection: Projection, y_TO: Tensor, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Add to y, the base's product without its bias, what each row's adapters add, and the bias. Changes y in place."""
         stack = self._stacks.stack(projection)
-        if stack is None or not (self.keys & stack.users):
-            return y_TO if bias_O is None else y_TO.add_(bias_O)
-        if self.columns.stop > self.columns.start:
-            rows = slice(0, self.short_rows)
-            add_stacked(y_TO[rows], x_TI[rows], stack.A[self.columns], [part[self.columns] for part in stack.parts], self.mask)
-        for run in self.long:
-            rows = slice(run.start, run.stop)
-            for key, weight in run.mix:
-                columns = self._stacks.segments[key].columns
-                mask = None if weight == 1.0 else y_TO.new_full((1, 1), weight)
-                add_stacked(y_TO[rows], x_TI[rows], stack.A[columns], [part[columns] for part in stack.parts], mask)
-        if self.keys & stack.factors.keys():
-            for run in self.runs:
-                for key, _ in run.mix:
-                    if key in stack.factors:
-                        y_TO[run.start : run.stop] *= stack.factors[key]
+        if stack is not None and self.keys & stack.users:
+            self._add_short(stack, y_TO[self.rows], x_TI[self.rows])
+            for run in self.long:
+                self._add_long(stack, run, y_TO[run.start : run.stop], x_TI[run.start : run.stop])
+            if self.keys & stack.factors.keys():
+                self._scale(stack, y_TO)
         return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    def _add_short(self, stack: Stack, y_TO: Tensor, x_TI: Tensor) -> None:
+        if not len(y_TO):
+            return
+        A_RPI, parts = stack.A[self.columns], [part[self.columns] for part in stack.parts]
+        if self.groups is None:
+            add_stacked(y_TO, x_TI, A_RPI, parts, self.mask)
+        else:
+            A_KRPI = A_RPI.view(-1, self.groups.rank, *A_RPI.shape[1:])
+            add_grouped(y_TO, x_TI, A_KRPI, parts, self.groups.spread, self.groups.gathered)
+
+    def _add_long(self, stack: Stack, run: Run, y_TO: Tensor, x_TI: Tensor) -> None:
+        for key, weight in run.mix:
+            columns = self._stacks.segments[key].columns
+            mask = None if weight == 1.0 else y_TO.new_full((1, 1), weight)
+            add_stacked(y_TO, x_TI, stack.A[columns], [part[columns] for part in stack.parts], mask)
+
+    def _scale(self, stack: Stack, y_TO: Tensor) -> None:
+        for run in self.runs:
+            for key, _ in run.mix:
+                if key in stack.factors:
+                    y_TO[run.start : run.stop] *= stack.factors[key]
+
+    def _mask(self, short: Sequence[Run]) -> Tensor:
+        mask_TR = torch.zeros(self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
+        for run in short:
+            for key, weight in run.mix:
+                segment = self._stacks.segments[key]
+                start = segment.start - self.columns.start
+                rows = slice(run.start - self.rows.start, run.stop - self.rows.start)
+                mask_TR[rows, start : start + segment.width] = weight
+        return mask_TR.to(self._stacks.device, self._stacks.dtype)
+
+    def _grouped(self, short: Sequence[Run]) -> _Groups | None:
+        """The short rows as groups, None where one product under a mask must do: mixes, unlike ranks, too many empty places."""
+        rows = sum(run.stop - run.start for run in short)
+        if not short or rows < self.rows.stop - self.rows.start or not all(_is_whole(run.mix) for run in short):
+            return None
+        rank = self._stacks.segments[short[0].mix[0][0]].width
+        places = [self._stacks.segments[run.mix[0][0]] for run in short for _ in range(run.start, run.stop)]
+        if any(s.width != rank or (s.start - self.columns.start) % rank for s in places):
+            return None
+        groups = [(s.start - self.columns.start) // rank for s in places]
+        rows_of: list[list[int]] = [[] for _ in range((self.columns.stop - self.columns.start) // rank)]
+        for row, group in enumerate(groups):
+            rows_of[group].append(row)
+        longest = max(map(len, rows_of))
+        if longest * len(rows_of) > 4 * len(groups):
+            return None
+        if groups == sorted(groups) and all(len(rows) == longest for rows in rows_of):
+            return _Groups(self.rows, self.columns, rank, None, None)
+        device = self._stacks.device
+        spread = [rows + [0] * (longest - len(rows)) for rows in rows_of]
+        place = {row: group * longest + at for group, rows in enumerate(rows_of) for at, row in enumerate(rows)}
+        gathered = [place[row] for row in range(len(groups))]
+        return _Groups(self.rows, self.columns, rank, torch.tensor(spread, device=device), torch.tensor(gathered, device=device))
+
+
+def in_order(stacks: AdapterStacks, mix: Mix, rows: int) -> tuple[bool, bool, int]:
+    """A key to sort the runs of a step by: of the base first, then short ones by segment, then long ones."""
+    first = stacks.segments[mix[0][0]].start if mix else 0
+    return (rows >= LONG, bool(mix), first)
 
 
 def _is_whole(mix: Mix) -> bool:
-    return len(mix) <= 1 and all(weight == 1.0 for _, weight in mix)
+    return len(mix) == 1 and mix[0][1] == 1.0

@@ -1,7 +1,7 @@
 """Frozen weights laid out once as the processor's matrix products read them best.
 
-A decoding step multiplies a few rows with every weight of the model, so it is bound by how fast weights are read. oneDNN reads its
-own blocked layout 1.3 to 1.6 times as fast as rows of a matrix. The plain twin is `torch.nn.functional.linear`.
+A decoding step multiplies a few rows with every weight of the model, so it is bound by how fast weights are read. oneDNN reads
+its own blocked layout 1.3 to 1.6 times as fast as rows of a matrix. The plain twin is `torch.nn.functional.linear`.
 
 Shapes: T tokens, O outputs, I inputs.
 """
@@ -37,4 +37,4 @@ def prepacked(weight_OI: Tensor) -> Product:
 def _has_layout(weight: Tensor) -> bool:
     if device_kind(weight.device) != "cpu" or weight.is_meta or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and fast_bf16_unit())
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and bool(fast_bf16_unit()))
