@@ -1,7 +1,7 @@
 """The adapters that are active now, laid below each other for `ops.stacked`, and what each row of a step takes of them.
 
-Every active adapter has a segment of columns, the same in every projection, as wide as its largest rank. Segments are found once
-when an adapter becomes active; a step only says which rows take which segments. Never loads an adapter, nor decides which is active.
+Every active adapter has a segment of columns, the same in every projection, as wide as its largest rank. Segments are found
+once, when an adapter becomes active; a step only says which rows take which. Never loads an adapter, nor decides which is active.
 
 Shapes: T rows of a step, R columns of all segments, P parts of a projection, I inputs, O outputs.
 """

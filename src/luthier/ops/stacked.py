@@ -45,8 +45,8 @@ def add_grouped(
 ) -> None:
     """Add to y what `add_stacked` would under a mask that gives each row one of K adapters of rank R, rows sorted by adapter.
 
-    One batched product over the adapters: no row is multiplied with another's pair. Every adapter has M rows; where they have not,
-    `spread` (K, M) names a row of x for each (any for those too many) and `gathered` (T,) the place in K x M of each row.
+    One batched product over the adapters: no row is multiplied with another's pair. Every adapter has M rows; where they have
+    not, `spread` (K, M) names a row of x for each (any for those too many) and `gathered` (T,) the place in K x M of each row.
     A (K, R, P, I), parts P times (K R, O_p).
     """
     groups, rank, num_parts, width = A_KRPI.shape
