@@ -41,7 +41,7 @@ def _compare(model: Any, decoder: Decoder) -> None:
     found: list[Tensor] = []
     rows = []
     for start, stop in ((0, 5), (5, 8), *((each, each + 1) for each in range(8, PROBE))):
-        found.append(runner.step([Piece("probe", ids[start:stop].tolist())])[0])
+        found.append(runner.step([Piece("probe", ids[start:stop].tolist())]).logits[0])
         rows.append(stop - 1)
     found_TV, wanted_TV = torch.stack(found), wanted[rows]
     error = float((found_TV - wanted_TV).norm() / wanted_TV.norm().clamp_min(1e-30))

@@ -22,6 +22,9 @@ from luthier.engine.stacks import AdapterStacks, PairLike, Run, StepAdapters, in
 BASE = ""
 """The name of the untouched base among the decoders."""
 
+SCORED_AT_ONCE = 128
+"""Rows whose logits are there at once when targets are scored."""
+
 
 @dataclass
 class _Running:
@@ -34,11 +37,32 @@ class _Running:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next tokens of a request. `wants_logits`: whether the last one is to be continued."""
+    """The next tokens of a request. `wants_logits`: whether the last one is to be continued.
+
+    `targets`: for each token the one whose log-probability behind it is asked for, -1 for none.
+    """
 
     id: str
     tokens: Sequence[int]
     wants_logits: bool = True
+    targets: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a step gave: float32 logits (B, V), a row for each piece that wants them in the order of the pieces, and by the place
+    of a piece with targets their log-probabilities.
+    """
+
+    logits: Tensor
+    scores: dict[int, list[float]]
+
+
+def target_logprobs(logits_TV: Tensor, targets: Sequence[int]) -> list[float]:
+    """Return the log-probability (nats) of each target, its row of logits being the one at its place."""
+    wanted_T1 = torch.tensor(targets, device=logits_TV.device)[:, None]
+    values: list[float] = (logits_TV.gather(1, wanted_T1).squeeze(1) - logits_TV.logsumexp(1)).tolist()
+    return values
 
 
 class Runner:
@@ -53,10 +77,12 @@ class Runner:
         self.prefix = PrefixCache(prefix_bytes) if prefix_bytes else None
         self._running: dict[str, _Running] = {}
 
+    @torch.inference_mode()
     def activate(self, key: str, rank: int, pairs: "dict[str, PairLike]") -> None:
         """Make room for an adapter in the batch."""
         self.stacks.activate(key, rank, pairs)
 
+    @torch.inference_mode()
     def deactivate(self, key: str) -> None:
         """Take an adapter, batched or merged, out again."""
         if key in self.decoders:
@@ -72,6 +98,7 @@ class Runner:
         """How many first tokens of such a prompt would not have to run."""
         return self.prefix.match(mix, tokens) if self.prefix is not None else 0
 
+    @torch.inference_mode()
     def open(self, id: str, mix: Mix, prompt: Sequence[int], room: int) -> int:
         """Reserve `room` tokens for a request; return how many tokens of its prompt are there already."""
         merged = [key for key, _ in mix if key in self.decoders]
@@ -84,12 +111,14 @@ class Runner:
             running.tokens.extend(prompt[: slot.length])
         return slot.length
 
+    @torch.inference_mode()
     def close(self, id: str) -> None:
         """End a request; what it computed may serve as the beginning of others."""
         self.remember(id)
         del self._running[id]
         self.kv.close(id)
 
+    @torch.inference_mode()
     def remember(self, id: str) -> None:
         """Keep the whole blocks that a request has computed so far."""
         running = self._running[id]
@@ -100,24 +129,27 @@ class Runner:
             kept = self.kv.read(id, start, running.slot.length)
             self.prefix.keep(running.identity, running.tokens, start, kept)
 
-    def step(self, pieces: Sequence[Piece]) -> Tensor:
-        """Run the next tokens of some requests. Returns float32 logits (B, V), a row for each piece that wants them, in order."""
-        wanted = [place for place, piece in enumerate(pieces) if piece.wants_logits]
+    @torch.inference_mode()
+    def step(self, pieces: Sequence[Piece]) -> Stepped:
+        """Run the next tokens of some requests, each at most once."""
         rows: dict[int, Tensor] = {}
+        scores: dict[int, list[float]] = {}
         for name, decoder in self.decoders.items():
             own = [place for place, piece in enumerate(pieces) if self._running[piece.id].decoder == name]
             if own:
-                rows |= self._run(decoder, pieces, own)
+                rows |= self._run(decoder, pieces, own, scores)
         for piece in pieces:
             running = self._running[piece.id]
             running.tokens.extend(piece.tokens)
             running.slot.length += len(piece.tokens)
-        if not wanted:
-            return torch.empty(0, len(self.decoders[BASE].layout.embedding))
-        return torch.stack([rows[place] for place in wanted])
+        if not rows:
+            return Stepped(torch.empty(0, len(self.decoders[BASE].layout.embedding)), scores)
+        return Stepped(torch.stack([rows[place] for place in sorted(rows)]), scores)
 
-    def _run(self, decoder: Decoder, pieces: Sequence[Piece], places: Sequence[int]) -> dict[int, Tensor]:
-        """Run some of the pieces through one decoder; return the logits of each that wants them, by place."""
+    def _run(
+        self, decoder: Decoder, pieces: Sequence[Piece], places: Sequence[int], scores: dict[int, list[float]]
+    ) -> dict[int, Tensor]:
+        """Run some of the pieces through one decoder; return the logits of each that wants them, by place, and add to scores."""
 
         def order(place: int) -> tuple[bool, bool, int]:
             piece = pieces[place]
@@ -142,6 +174,9 @@ class Runner:
         hidden_TI = decoder.hidden(
             torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device), adapters, attention
         )
+        for place, run in zip((*single, *several), runs, strict=True):
+            if pieces[place].targets is not None:
+                scores[place] = self._scores(decoder, hidden_TI[run.start : run.stop], pieces[place], run.mix)
         wanted = [place for place in (*single, *several) if pieces[place].wants_logits]
         if not wanted:
             return {}
@@ -150,6 +185,18 @@ class Runner:
             runs = [Run(row, row + 1, self._running[pieces[place].id].mix) for row, place in enumerate(wanted)]
             adapters = StepAdapters(self.stacks, runs)
         return dict(zip(wanted, decoder.logits(hidden_TI, adapters), strict=True))
+
+    def _scores(self, decoder: Decoder, hidden_TI: Tensor, piece: Piece, mix: Mix) -> list[float]:
+        """The log-probabilities of a piece's targets; logits are there for a few rows at a time."""
+        assert piece.targets is not None
+        asked = [row for row, target in enumerate(piece.targets) if target >= 0]
+        values: list[float] = []
+        for start in range(0, len(asked), SCORED_AT_ONCE):
+            part = asked[start : start + SCORED_AT_ONCE]
+            adapters = StepAdapters(self.stacks, [Run(0, len(part), mix)])
+            logits_TV = decoder.logits(hidden_TI[torch.tensor(part, device=self.device)], adapters)
+            values += target_logprobs(logits_TV, [piece.targets[row] for row in part])
+        return values
 
     def _slot(self, piece: Piece) -> Slot:
         return self._running[piece.id].slot

@@ -63,12 +63,9 @@ class Stack:
         self.parts = [torch.cat([part, part.new_zeros(more, part.shape[1])]) for part in self.parts]
 
     def put(self, key: str, segment: Segment, pairs: Mapping[str, PairLike]) -> None:
-        """Write an adapter's pairs into its segment, zeros where it has none."""
-        columns = segment.columns
-        self.A[columns] = 0
+        """Write an adapter's pairs into its segment, which is all zeros."""
         factors: list[Tensor] = []
         for part, path in enumerate(self.projection.paths):
-            self.parts[part][columns] = 0
             pair = pairs.get(path)
             if pair is not None:
                 rank = slice(segment.start, segment.start + pair.A.shape[0])
@@ -80,8 +77,11 @@ class Stack:
         if any(path in pairs and pairs[path].magnitude is not None for path in self.projection.paths):
             self.factors[key] = torch.cat(factors)
 
-    def drop(self, key: str) -> None:
-        """Forget an adapter. Its numbers may stay: no mask gives them to anyone."""
+    def drop(self, key: str, segment: Segment) -> None:
+        """Forget an adapter. Its columns are zeros again: the next one there need not have a pair in every stack."""
+        if key in self.users:
+            for tensor in (self.A, *self.parts):
+                tensor[segment.columns] = 0
         self.users.discard(key)
         self.factors.pop(key, None)
 
@@ -123,9 +123,9 @@ class AdapterStacks:
 
     def deactivate(self, key: str) -> None:
         """Free an adapter's segment."""
-        del self.segments[key]
+        segment = self.segments.pop(key)
         for stack in self._stacks.values():
-            stack.drop(key)
+            stack.drop(key, segment)
         if not self.segments:
             self._stacks.clear()
             self._capacity = 0

@@ -1,0 +1,100 @@
+"""Serving through the model's own forward, for architectures the engine has no forward for: slower, and as right.
+
+Each request has a cache of its own and runs by itself; its adapters are switched on in the live model for its turn. The same
+steps as `luthier.engine.runner`, so the rest of the engine does not know the difference.
+
+Shapes: T tokens of a piece, V vocabulary, B requests of a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from luthier.adapt.attaching import detach
+from luthier.adapt.switching import activate, disabled
+from luthier.engine.requests import Mix
+from luthier.engine.runner import Piece, Stepped, target_logprobs
+from luthier.formats.adapters import load_adapter
+
+
+@dataclass
+class _Running:
+    mix: Mix
+    cache: Any
+    length: int = 0
+
+
+class FallbackRunner:
+    """Runs requests one after the other through a transformers model that adapters are attached to."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._running: dict[str, _Running] = {}
+        self._attached: set[str] = set()
+
+    def activate_folder(self, key: str, folder: Path) -> None:
+        """Attach an adapter of any kind."""
+        load_adapter(self.model, folder, _name(key))
+        self._attached.add(key)
+
+    def deactivate(self, key: str) -> None:
+        """Take an adapter out of the model."""
+        detach(self.model, _name(key))
+        self._attached.discard(key)
+
+    def cached_tokens(self, mix: Mix, tokens: Sequence[int]) -> int:
+        """None: caches of unknown layers are not shared."""
+        return 0
+
+    def open(self, id: str, mix: Mix, prompt: Sequence[int], room: int) -> int:
+        """Begin a request."""
+        self._running[id] = _Running(mix, DynamicCache(config=self.model.config))
+        return 0
+
+    def remember(self, id: str) -> None:
+        """Nothing is kept beyond the request."""
+
+    def close(self, id: str) -> None:
+        """End a request."""
+        del self._running[id]
+
+    @torch.inference_mode()
+    def step(self, pieces: Sequence[Piece]) -> Stepped:
+        """Run the next tokens of some requests, as `Runner.step` does."""
+        logits: list[Tensor] = []
+        scores: dict[int, list[float]] = {}
+        for place, piece in enumerate(pieces):
+            logits_TV = self._run(piece)
+            if piece.targets is not None:
+                asked = [row for row, target in enumerate(piece.targets) if target >= 0]
+                scores[place] = target_logprobs(logits_TV[asked], [piece.targets[row] for row in asked])
+            if piece.wants_logits:
+                logits.append(logits_TV[-1])
+        return Stepped(torch.stack(logits) if logits else torch.empty(0, 0), scores)
+
+    def _run(self, piece: Piece) -> Tensor:
+        running = self._running[piece.id]
+        ids = torch.tensor([list(piece.tokens)], device=self.device)
+        kept = {"past_key_values": running.cache, "use_cache": True}
+        if running.mix:
+            activate(self.model, {_name(key): weight for key, weight in running.mix})
+            logits = self.model(input_ids=ids, **kept).logits
+        elif self._attached:
+            with disabled(self.model):
+                logits = self.model(input_ids=ids, **kept).logits
+        else:
+            logits = self.model(input_ids=ids, **kept).logits
+        running.length += len(piece.tokens)
+        result: Tensor = logits[0].float()
+        return result
+
+
+def _name(key: str) -> str:
+    """A name that parameters may bear."""
+    return f"served_{key[:16]}"
