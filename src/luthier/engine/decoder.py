@@ -7,6 +7,8 @@ Shapes: T rows of a step (tokens of several requests), I hidden width, H heads, 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +17,16 @@ from torch import Tensor
 from luthier.engine.attention import StepAttention
 from luthier.engine.layouts import Block, Layout, Norm, Projection
 from luthier.engine.stacks import StepAdapters
-from luthier.ops.prepacked import Product, prepacked
+from luthier.ops.prepacked import Prepacked
 
 
 class _Multiplied:
     """A projection whose parts are one product, its bias apart, since an adapter's magnitude must not scale it."""
 
     def __init__(self, projection: Projection, dtype: torch.dtype):
-        self.projection = projection
+        self.projection = projection.without_numbers()
         weights = [weight.to(dtype) for weight in projection.weights]
-        self.product: Product = prepacked(torch.cat(weights) if len(weights) > 1 else weights[0])
+        self.product = Prepacked(torch.cat(weights) if len(weights) > 1 else weights[0])
         self.bias: Tensor | None = None
         if any(bias is not None for bias in projection.biases):
             parts = [
@@ -33,13 +35,28 @@ class _Multiplied:
             ]
             self.bias = torch.cat(parts)
 
+    def weight(self, path: str) -> Tensor:
+        """Return the weight of one part again."""
+        start = 0
+        for own, width in zip(self.projection.paths, self.projection.widths, strict=True):
+            if own == path:
+                return self.product.dense()[start : start + width]
+            start += width
+        raise KeyError(path)
+
     def __call__(self, x_TI: Tensor, adapters: StepAdapters) -> Tensor:
         return adapters.add(self.projection, self.product(x_TI), x_TI, self.bias)
 
 
 class _BlockForward:
     def __init__(self, block: Block, dtype: torch.dtype):
-        self.block = block
+        self.block = replace(
+            block,
+            qkv=block.qkv.without_numbers(),
+            o=block.o.without_numbers(),
+            gate_up=block.gate_up.without_numbers(),
+            down=block.down.without_numbers(),
+        )
         self.qkv, self.o = _Multiplied(block.qkv, dtype), _Multiplied(block.o, dtype)
         self.gate_up, self.down = _Multiplied(block.gate_up, dtype), _Multiplied(block.down, dtype)
 
@@ -48,17 +65,30 @@ class Decoder:
     """A base model ready to be served. It keeps copies of the weights in the layout that reads fastest."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype):
-        self.layout, self.dtype = layout, dtype
+        self.dtype, self.kept_in = dtype, layout.embedding.dtype
         self.device = layout.embedding.device
         self._blocks = [_BlockForward(block, dtype) for block in layout.blocks]
         self._head = _Multiplied(layout.head, dtype)
         self._embedding = layout.embedding.to(dtype)
+        # What stays of the layout has no numbers but norms and biases, so the model it came from can go.
+        blocks = tuple(forward.block for forward in self._blocks)
+        self.layout = replace(layout, blocks=blocks, head=layout.head.without_numbers(), embedding=layout.embedding.to("meta"))
 
     @property
     def projections(self) -> list[Projection]:
         """All products that an adapter may add to."""
-        each = [(b.block.qkv, b.block.o, b.block.gate_up, b.block.down) for b in self._blocks]
+        each = [(block.qkv, block.o, block.gate_up, block.down) for block in self.layout.blocks]
         return [projection for block in each for projection in block] + [self.layout.head]
+
+    def weight(self, name: str) -> Tensor:
+        """Return a parameter of a projection by its name in the base model, dense; raises KeyError for others."""
+        path = name.removesuffix(".weight")
+        return self._by_path[path].weight(path)
+
+    @cached_property
+    def _by_path(self) -> dict[str, _Multiplied]:
+        each = [own for forward in self._blocks for own in (forward.qkv, forward.o, forward.gate_up, forward.down)]
+        return {path: own for own in (*each, self._head) for path in own.projection.paths}
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, adapters: StepAdapters, attention: StepAttention) -> Tensor:
         """Return the last hidden states (T, I), the last norm applied, of the rows of one step."""

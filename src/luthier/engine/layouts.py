@@ -38,6 +38,10 @@ class Projection:
         """Outputs of each part."""
         return tuple(weight.shape[0] for weight in self.weights)
 
+    def without_numbers(self) -> "Projection":
+        """The same with weights that have a shape only: those that count have been laid out elsewhere."""
+        return Projection(self.paths, tuple(weight.to("meta") for weight in self.weights), self.biases)
+
 
 @dataclass(frozen=True)
 class Norm:

@@ -143,7 +143,7 @@ class Runner:
             running.tokens.extend(piece.tokens)
             running.slot.length += len(piece.tokens)
         if not rows:
-            return Stepped(torch.empty(0, len(self.decoders[BASE].layout.embedding)), scores)
+            return Stepped(torch.empty(0, self.decoders[BASE].layout.embedding.shape[0]), scores)
         return Stepped(torch.stack([rows[place] for place in sorted(rows)]), scores)
 
     def _run(

@@ -6,8 +6,6 @@ its own blocked layout 1.3 to 1.6 times as fast as rows of a matrix. The plain t
 Shapes: T tokens, O outputs, I inputs.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,23 +13,32 @@ from torch import Tensor
 from luthier.core.processor import fast_bf16_unit
 from luthier.ops.placement import device_kind
 
-Product = Callable[[Tensor], Tensor]
-"""From x (T, I) to y (T, O)."""
-
 PACKED_FOR = 16
 """Rows that oneDNN lays the weight out for; other numbers of rows are multiplied with the same layout."""
 
 
-def prepacked(weight_OI: Tensor) -> Product:
-    """Return the product x -> x W^T with a frozen weight; it keeps a copy in the fastest layout, or the weight itself.
+class Prepacked:
+    """The product x -> x W^T with a frozen weight (O, I), of which it keeps a copy in the fastest layout, or itself.
 
-    The layout is oneDNN's on a CPU, for float32 and where its units are for bfloat16; else the weight as it is.
+    The layout is oneDNN's on a CPU, for float32 and where its units are for bfloat16; else the weight is used as it is.
     """
-    if not _has_layout(weight_OI):
-        return lambda x: F.linear(x, weight_OI)
-    layout = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), PACKED_FOR)
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, layout, None, "none", [], "")
+
+    def __init__(self, weight_OI: Tensor):
+        self._has_layout = _has_layout(weight_OI)
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), PACKED_FOR) if self._has_layout else weight_OI
+        )
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """Return x W^T (T, O) of x (T, I)."""
+        if not self._has_layout:
+            return F.linear(x_TI, self._weight)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, None, "none", [], "")
+        return product
+
+    def dense(self) -> Tensor:
+        """Return the weight (O, I) as it was given."""
+        return self._weight.to_dense() if self._has_layout else self._weight
 
 
 def _has_layout(weight: Tensor) -> bool:
