@@ -3,14 +3,17 @@
 Shapes: T tokens, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.engine.decoder import Decoder
-from luthier.engine.layouts import UnknownLayoutError, layout_of
+from luthier.engine.layouts import Layout, UnknownLayoutError, layout_of
 from luthier.engine.runner import Piece, Runner
+from luthier.ops.prepacked import Form
 from luthier.ops.products import fast_products
 
 PROBE = 11
@@ -20,19 +23,37 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 """How far logits may be from the model's, relative in norm, by the dtype the model is kept in."""
 
 
-def decoder_for(model: Any) -> Decoder:
+def decoder_for(model: Any, form: Form = "float") -> Decoder:
     """Return the engine's decoder for a transformers model without adapters, in the dtype that multiplies fast on its device.
+
+    With another `form` of weights it is compared with the model holding those same, coarser weights.
 
     Raises: UnknownLayoutError if the architecture is not known, or if the two do not give the same numbers.
     """
     layout = layout_of(model)
     with torch.inference_mode():
-        decoder = Decoder(layout, fast_products(layout.embedding))
-        _compare(model, decoder)
+        decoder = Decoder(layout, fast_products(layout.embedding), form)
+        with _as_laid_out(layout, decoder, form):
+            _compare(model, decoder, TOLERANCE[torch.bfloat16 if form != "float" else decoder.kept_in])
     return decoder
 
 
-def _compare(model: Any, decoder: Decoder) -> None:
+@contextmanager
+def _as_laid_out(layout: Layout, decoder: Decoder, form: Form) -> Iterator[None]:
+    """Inside the block the model has the weights of the decoder, if those are other ones."""
+    blocks = [(block.qkv, block.o, block.gate_up, block.down) for block in layout.blocks] if form != "float" else []
+    paths = [(path, weight) for each in blocks for p in each for path, weight in zip(p.paths, p.weights, strict=True)]
+    originals = [weight.clone() for _, weight in paths]
+    try:
+        for path, weight in paths:
+            weight.copy_(decoder.weight(path))
+        yield
+    finally:
+        for (_, weight), original in zip(paths, originals, strict=True):
+            weight.copy_(original)
+
+
+def _compare(model: Any, decoder: Decoder, limit: float) -> None:
     vocabulary = decoder.layout.embedding.shape[0]
     ids = torch.arange(PROBE) * 7919 % vocabulary
     wanted = model(input_ids=ids[None].to(decoder.device), use_cache=False).logits[0].float()
@@ -45,6 +66,5 @@ def _compare(model: Any, decoder: Decoder) -> None:
         rows.append(stop - 1)
     found_TV, wanted_TV = torch.stack(found), wanted[rows]
     error = float((found_TV - wanted_TV).norm() / wanted_TV.norm().clamp_min(1e-30))
-    limit = TOLERANCE[decoder.kept_in]
     if not error <= limit:
         raise UnknownLayoutError(f"the engine's forward differs from the model's by {error:.1e} (at most {limit:g})")

@@ -17,16 +17,17 @@ from torch import Tensor
 from luthier.engine.attention import StepAttention
 from luthier.engine.layouts import Block, Layout, Norm, Projection
 from luthier.engine.stacks import StepAdapters
-from luthier.ops.prepacked import Prepacked
+from luthier.ops.prepacked import Form, prepacked
 
 
 class _Multiplied:
     """A projection whose parts are one product, its bias apart, since an adapter's magnitude must not scale it."""
 
-    def __init__(self, projection: Projection, dtype: torch.dtype):
+    def __init__(self, projection: Projection, dtype: torch.dtype, form: Form):
         self.projection = projection.without_numbers()
-        weights = [weight.to(dtype) for weight in projection.weights]
-        self.product = Prepacked(torch.cat(weights) if len(weights) > 1 else weights[0])
+        # Codes are made of the weights as they are kept, not as they are multiplied.
+        weights = [weight.to(dtype) if form == "float" else weight for weight in projection.weights]
+        self.product = prepacked(torch.cat(weights) if len(weights) > 1 else weights[0], form)
         self.bias: Tensor | None = None
         if any(bias is not None for bias in projection.biases):
             parts = [
@@ -49,7 +50,7 @@ class _Multiplied:
 
 
 class _BlockForward:
-    def __init__(self, block: Block, dtype: torch.dtype):
+    def __init__(self, block: Block, dtype: torch.dtype, form: Form):
         self.block = replace(
             block,
             qkv=block.qkv.without_numbers(),
@@ -57,18 +58,19 @@ class _BlockForward:
             gate_up=block.gate_up.without_numbers(),
             down=block.down.without_numbers(),
         )
-        self.qkv, self.o = _Multiplied(block.qkv, dtype), _Multiplied(block.o, dtype)
-        self.gate_up, self.down = _Multiplied(block.gate_up, dtype), _Multiplied(block.down, dtype)
+        self.qkv, self.o = _Multiplied(block.qkv, dtype, form), _Multiplied(block.o, dtype, form)
+        self.gate_up, self.down = _Multiplied(block.gate_up, dtype, form), _Multiplied(block.down, dtype, form)
 
 
 class Decoder:
-    """A base model ready to be served. It keeps copies of the weights in the layout that reads fastest."""
+    """A base model ready to be served. It keeps copies of the weights in the layout that reads fastest, or in fewer bits."""
 
-    def __init__(self, layout: Layout, dtype: torch.dtype):
+    def __init__(self, layout: Layout, dtype: torch.dtype, form: Form = "float"):
         self.dtype, self.kept_in = dtype, layout.embedding.dtype
         self.device = layout.embedding.device
-        self._blocks = [_BlockForward(block, dtype) for block in layout.blocks]
-        self._head = _Multiplied(layout.head, dtype)
+        self._blocks = [_BlockForward(block, dtype, form) for block in layout.blocks]
+        # What decides between tokens is kept finer, and quantised bases leave it as it is.
+        self._head = _Multiplied(layout.head, dtype, {"int4": "int8", "nf4": "float"}.get(form, form))  # type: ignore[arg-type]
         self._embedding = layout.embedding.to(dtype)
         # What stays of the layout has no numbers but norms and biases, so the model it came from can go.
         blocks = tuple(forward.block for forward in self._blocks)
