@@ -14,6 +14,8 @@
     ├── DataError(ValueError)            a row or a data set cannot be used; names the row
     ├── CheckpointError(ValueError)      a run folder cannot be resumed
     ├── TrainingError(RuntimeError)      training went wrong: a loss that is not finite, no gradient
+    ├── RequestError(ValueError)         a request can never be served: too long, too many adapters, an id twice
+    ├── QueueFullError(RuntimeError)     too many requests wait; try again later (HTTP's 429)
     ├── RegistryError(ValueError)        the registry has no such thing, or cannot be opened
     │   ├── RefusedError                 a rule of the registry says no: held, retired, frozen, blocked, no gate
     │   └── BlobError                    stored bytes are missing, or are not those that were stored
@@ -87,6 +89,19 @@ class CheckpointError(LuthierError, ValueError):
 
 class TrainingError(LuthierError, RuntimeError):
     """Training went wrong: a loss that is not finite, an adapter without a gradient."""
+
+
+class RequestError(LuthierError, ValueError):
+    """A request can never be served as it is: too long for the model or the memory, or of too many adapters."""
+
+
+class QueueFullError(LuthierError, RuntimeError):
+    """Too many requests wait already: a gateway answers 429. `waiting` and `limit` are for its answer and for metrics."""
+
+    def __init__(self, queue: str, waiting: int, limit: int):
+        super().__init__(f"{queue} is full: {waiting} requests wait, {limit} may. Try again later, or raise the limit")
+        self.waiting = waiting
+        self.limit = limit
 
 
 class RegistryError(LuthierError, ValueError):
