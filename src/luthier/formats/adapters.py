@@ -48,6 +48,15 @@ class LoadReport:
     folder: AdapterFolder
 
 
+@dataclass(frozen=True)
+class FittedAdapter:
+    """An adapter held against a model that it fits: the plan, its tensors under PEFT's names, and the verdict on the base."""
+
+    plan: AttachPlan
+    tensors: dict[str, Tensor]
+    base: Comparison
+
+
 def save_adapter(
     model: nn.Module,
     path: str | Path,
@@ -127,14 +136,14 @@ def _own_tables(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def load_adapter(
     model: nn.Module,
-    path: str | Path,
+    path: str | Path | AdapterFolder,
     name: str = "default",
     *,
     trainable: bool = False,
     force: bool = False,
     allow_pickle: bool = False,
 ) -> LoadReport:
-    """Attach the adapter in the folder `path` to `model` under `name`, frozen unless `trainable`.
+    """Attach the adapter in the folder `path` (or one that was read already) to `model` under `name`, frozen unless `trainable`.
 
     The first adapter of a model becomes active. The base is compared with the one the adapter was trained on: another base
     raises BaseMismatchError unless `force`; an adapter that does not say (written by PEFT) is loaded with a warning.
@@ -168,14 +177,18 @@ Installer = Callable[[nn.Module, AttachPlan, str, PairMaker], AttachPlan]
 
 
 def _load(
-    put: Installer, model: nn.Module, path: str | Path, name: str, *, trainable: bool, force: bool, allow_pickle: bool
+    put: Installer,
+    model: nn.Module,
+    path: str | Path | AdapterFolder,
+    name: str,
+    *,
+    trainable: bool,
+    force: bool,
+    allow_pickle: bool,
 ) -> LoadReport:
-    folder = read_adapter(path, allow_pickle=allow_pickle)
-    tensors = {key: folder.tensors[found] for found, key in canonical_keys(folder.tensors).items()}
-    described = _described(folder)
-    # The wrong base is the better explanation where both are wrong, but which tensors do not fit says it most exactly.
-    planned = _fitting_plan(model, folder.config, tensors, described)
-    verdict = check_base(model, folder, force=force)
+    folder = path if isinstance(path, AdapterFolder) else read_adapter(path, allow_pickle=allow_pickle)
+    fitted = fit_adapter(model, folder, force=force)
+    planned, tensors = fitted.plan, fitted.tensors
 
     def stored_pair(planned: AttachPlan, layer: PlannedLayer, weight: Tensor) -> tuple[Tensor, ...]:
         keys = [pair_key(wrapped_path(layer), role, layer.kind.word, layer.is_adalora) for role in layer.shapes]
@@ -187,12 +200,34 @@ def _load(
             if item.role in ("bias", "magnitude", "whole", "rows"):
                 item.parameter.copy_(tensors[item_key(item)])
     set_trainable(model, name, trainable)
-    return LoadReport(name, planned, verdict, folder)
+    return LoadReport(name, planned, fitted.base, folder)
 
 
-def check_base(model: nn.Module, folder: AdapterFolder, *, force: bool = False) -> Comparison:
-    """Return how `model`'s base compares with the one an adapter was trained on. Raises: BaseMismatchError unless `force`."""
-    verdict = compare(_trained_on(folder), fingerprint_of(model))
+def fit_adapter(
+    model: nn.Module,
+    folder: AdapterFolder,
+    *,
+    force: bool = False,
+    base: Fingerprint | None = None,
+    value_of: Callable[[str], Tensor] | None = None,
+) -> FittedAdapter:
+    """Check an adapter against `model` as load_adapter does, and attach nothing.
+
+    A model on the meta device will do where `base` is its fingerprint and `value_of` gives its parameters by their names.
+    Raises: AdapterMismatchError, BaseMismatchError, AdapterFormatError.
+    """
+    tensors = {key: folder.tensors[found] for found, key in canonical_keys(folder.tensors).items()}
+    # The wrong base is the better explanation where both are wrong, but which tensors do not fit says it most exactly.
+    planned = _fitting_plan(model, folder.config, tensors, _described(folder), value_of or model.get_parameter)
+    return FittedAdapter(planned, tensors, check_base(model, folder, force=force, base=base))
+
+
+def check_base(model: nn.Module, folder: AdapterFolder, *, force: bool = False, base: Fingerprint | None = None) -> Comparison:
+    """Return how `model`'s base compares with the one an adapter was trained on. Raises: BaseMismatchError unless `force`.
+
+    `base` saves taking the model's fingerprint where it is known.
+    """
+    verdict = compare(_trained_on(folder), base or fingerprint_of(model))
     _judge(verdict, _described(folder), force)
     return verdict
 
@@ -222,7 +257,9 @@ def _judge(verdict: Comparison, described: str, force: bool) -> None:
         log.warning(f"{described}: cannot tell whether this is its base: {verdict.reason}")
 
 
-def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], described: str) -> AttachPlan:
+def _fitting_plan(
+    model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], described: str, value_of: Callable[[str], Tensor]
+) -> AttachPlan:
     modules = base_modules(model)
     effective = _with_effect(config, modules, described)
     try:
@@ -240,7 +277,7 @@ def _fitting_plan(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
     whole |= {whole_key(path, "bias"): (count,) for path, count in planned.biases.items()}
     whole |= {rows_key(table.path): (len(table.tokens), table.columns) for table in planned.tables}
     expected = expected_shapes(planned, whole)
-    found = {key: tensor for key, tensor in tensors.items() if key in expected or not _is_copy(key, tensors, modules)}
+    found = {key: tensor for key, tensor in tensors.items() if key in expected or not _is_copy(key, tensors, modules, value_of)}
     faults = [f"{_short(key)} is missing" for key in expected if key not in found]
     faults += [f"{_short(key)} is not expected" for key in found if key not in expected]
     faults += [
@@ -287,7 +324,7 @@ def _with_effect(config: LoraConfig, modules: dict[str, nn.Module], described: s
     return config.changed(target_modules=targets, modules_to_save=saved, target_parameters=parameters)
 
 
-def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> bool:
+def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module], value_of: Callable[[str], Tensor]) -> bool:
     """Return whether a tensor that no adapter needs says nothing new, so that it may be left out.
 
     PEFT stores the base's own tables with adapted embeddings, with bias='all' a second copy of a bias in modules_to_save, and
@@ -300,8 +337,9 @@ def _is_copy(key: str, tensors: dict[str, Tensor], modules: dict[str, nn.Module]
     if path.endswith(".modules_to_save"):
         other = tensors.get(whole_key(path.removesuffix(".modules_to_save"), last))
     else:
-        module = modules.get(path.removesuffix(".base_layer").removesuffix(".original_module"))
-        other = module._parameters.get(last) if module is not None else None
+        path = path.removesuffix(".base_layer").removesuffix(".original_module")
+        is_own = path in modules and modules[path]._parameters.get(last) is not None
+        other = value_of(f"{path}.{last}" if path else last) if is_own else None
     if other is None or other.shape != tensor.shape:
         return False
     other = other.detach().cpu()

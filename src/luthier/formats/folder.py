@@ -43,6 +43,7 @@ class AdapterFolder:
     """What an adapter folder holds: its configuration, its tensors under their names on disk, and luthier's note.
 
     `minus` is path -> (B, A), which `quantize_linears` takes off the weights to make the adapter's base; for most it is empty.
+    `digests` is name -> sha256 of the bytes that were read, of each file that counts.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class AdapterFolder:
     note: dict[str, Any] = field(default_factory=dict)
     num_bytes: int = 0
     minus: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -67,10 +69,14 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> AdapterFold
     check_is_adapter(path)
     config_text = read_text(path / CONFIG_FILE)
     note = read_note(path)
-    check_digest(path, note, CONFIG_FILE, sha256(config_text.encode()))
+    digests = {CONFIG_FILE: sha256(config_text.encode())}
+    if note:
+        digests[NOTE_FILE] = sha256((path / NOTE_FILE).read_bytes())
+    check_digest(path, note, CONFIG_FILE, digests[CONFIG_FILE])
     if (path / TENSOR_FILE).is_file():
         raw = (path / TENSOR_FILE).read_bytes()
-        check_digest(path, note, TENSOR_FILE, sha256(raw))
+        digests[TENSOR_FILE] = sha256(raw)
+        check_digest(path, note, TENSOR_FILE, digests[TENSOR_FILE])
         tensors = _parse_safetensors(path / TENSOR_FILE, raw)
         num_bytes = len(raw)
     elif (path / PICKLE_FILE).is_file():
@@ -84,7 +90,8 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> AdapterFold
         raise AdapterFormatError(f"{path}: {len(odd)} of {len(tensors)} tensors are none of {needed}: {_some(odd)}")
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise AdapterFormatError(f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
-    return AdapterFolder(path, config, tensors, note, num_bytes, _read_minus(path, note))
+    minus, digest = _read_minus(path, note)
+    return AdapterFolder(path, config, tensors, note, num_bytes, minus, digests | digest)
 
 
 def write_adapter(
@@ -124,17 +131,19 @@ def file_digests(path: Path) -> dict[str, str]:
     return {name: sha256((path / name).read_bytes()) for name in (CONFIG_FILE, TENSOR_FILE)}
 
 
-def _read_minus(path: Path, note: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_minus(path: Path, note: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
+    """Return what is in loftq.safetensors, and its digest by its name; nothing where the note knows no such file."""
     file = path / MINUS_FILE
     if MINUS_FILE not in note.get("files", {}):
-        return {}
+        return {}, {}
     if not file.is_file():
         raise AdapterFormatError(f"{path} has no {MINUS_FILE}, without which its base cannot be made again; restore the folder")
     raw = file.read_bytes()
-    check_digest(path, note, MINUS_FILE, sha256(raw))
+    digest = sha256(raw)
+    check_digest(path, note, MINUS_FILE, digest)
     factors = _parse_safetensors(file, raw)
     layers = {name.rpartition(".")[0] for name in factors}
-    return {layer: (factors[f"{layer}.B"], factors[f"{layer}.A"]) for layer in sorted(layers)}
+    return {layer: (factors[f"{layer}.B"], factors[f"{layer}.A"]) for layer in sorted(layers)}, {MINUS_FILE: digest}
 
 
 def _parse_safetensors(path: Path, raw: bytes) -> dict[str, Tensor]:

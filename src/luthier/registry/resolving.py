@@ -9,6 +9,7 @@ erasure finds it.
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import select
@@ -25,8 +26,25 @@ CACHED = "cache"
 """The kind of a noted copy that this file made."""
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A version on this machine: its NAME:VERSION, its folder, and the registered sha256 of each file in it."""
+
+    reference: str
+    folder: Path
+    digests: dict[str, str]
+
+
 def resolve(registry: Registry, reference: str) -> Path:
     """Return a folder with the files of NAME:VERSION or NAME:ALIAS, each checked against its digest.
+
+    Raises: what `resolve_version` raises.
+    """
+    return resolve_version(registry, reference).folder
+
+
+def resolve_version(registry: Registry, reference: str) -> Resolved:
+    """Resolve NAME:VERSION or NAME:ALIAS, and say which version it is now and what its files must be.
 
     Raises: RegistryError where there is no such version, RefusedError for one that is held, retired or erased, BlobError for
     bytes that are missing or damaged (nothing is handed out then), StorageError.
@@ -36,18 +54,19 @@ def resolve(registry: Registry, reference: str) -> Path:
         check_usable(version)
         files = list(version.files)
         folder = registry.cache / version.adapter.name / f"{version.version}-{version.manifest_digest[:16]}"
+        resolved = Resolved(name_of(version), folder, {file.path: file.blob_digest for file in files})
         known = select(CopyElsewhere.id).filter_by(version_id=version.id, location=str(folder))
         is_known = session.scalar(known) is not None  # the folder may be another registry's, which shares the cache
     is_whole = folder_fault(folder, files) is None
     if is_known and is_whole:
-        return folder
+        return resolved
     with registry.database.writing() as session:  # noted first: a copy that nobody knows of would outlive an erasure
         check_usable(session.get_one(AdapterVersion, version.id, with_for_update={"read": True}))
         if session.scalar(known) is None:
             session.add(CopyElsewhere(version_id=version.id, kind=CACHED, location=str(folder)))
     if not is_whole:
         _fetch(registry, folder, files)
-    return folder
+    return resolved
 
 
 def check_usable(version: AdapterVersion) -> None:

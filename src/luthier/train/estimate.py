@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from luthier.core.allocator import release_freed_memory
 from luthier.data.batches import padded_length
 from luthier.engine.score import answer_loss
 from luthier.inspect.counts import MASTER_BYTES
@@ -23,7 +24,7 @@ from luthier.inspect.step_trace import kept_blocks
 from luthier.layers.kinds import PARAMETER
 from luthier.ops.cross_entropy import CHUNK_BYTES
 from luthier.train.loop import Trainer
-from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory
+from luthier.train.memory import peak_memory, reset_peak_memory
 from luthier.train.runfolder import random_state, restore_random_state
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from torch import Tensor
 from luthier.adapt.fusing import fuse, fusion_of, unfuse
 from luthier.adapt.ranks import RankAllocator, drop_masked
 from luthier.adapt.state import adapter_parameters, pairs_with_start
+from luthier.core.allocator import release_freed_memory
 from luthier.core.config import AdaLoraConfig
 from luthier.core.errors import CheckpointError, TrainingError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
@@ -33,7 +34,7 @@ from luthier.formats.keys import item_key
 from luthier.ops.compiler import use_compiler
 from luthier.ops.scratch import release_scratch
 from luthier.train.groups import parameter_groups
-from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory, settle_allocator
+from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
 from luthier.train.prepare import ADAPTER, Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
 from luthier.train.schedule import learning_rate, plan_digest

@@ -84,16 +84,6 @@ def _mallopt(words: str, *settings: tuple[int, int]) -> str:
     return words if all(libc.mallopt(*setting) for setting in settings) else "mallopt refused"
 
 
-def release_freed_memory() -> None:
-    """Give pages that hold nothing back to the kernel, where the allocator is glibc's.
-
-    It cannot use an aligned block's hole for the next one of the same size if a small one moved in beside it, so from step to
-    step such holes add up; between two steps they hold nothing but their pages.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _loaded() -> str:
     try:
         return Path("/proc/self/maps").read_text()

@@ -1,0 +1,354 @@
+"""AdapterStore: where an adapter is between its folder and the engine. Reads off the engine's thread, keeps in memory what fits.
+
+    known -> loading -> resident <-> in use        a name is added, read when first acquired, kept until the memory is needed
+                     -> failed                     told to whoever waits; the next one who asks tries again
+    unload: no new users, those that there are finish, then its memory goes back
+
+An adapter is its content: two names of the same bytes share them, and a folder that was changed has to be added again. What
+is in use is never evicted. Never touches the engine's stacks, nor decides who runs.
+"""
+
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from luthier.core.allocator import release_freed_memory
+from luthier.core.errors import AdapterFormatError, AdapterStateError, BlobError, did_you_mean
+from luthier.engine.adapters import AdapterWeights, ServedBase, content_key, read_for_serving
+from luthier.formats.folder import AdapterFolder, read_adapter
+
+if TYPE_CHECKING:
+    from luthier.registry.place import Registry
+
+State = Literal["known", "loading", "resident", "draining", "failed"]
+
+
+class Source(Protocol):
+    """Where an adapter comes from: read anew each time, in a worker's thread. Raises where there is nothing to be had."""
+
+    def __call__(self) -> AdapterFolder: ...
+
+
+class RegisteredSource:
+    """A version in a registry, by NAME:VERSION or NAME:ALIAS.
+
+    An alias means the version that it names when the adapter is first read; from then on it is that one. The bytes that are used
+    are those that were hashed, and their digests the registered ones.
+    """
+
+    def __init__(self, registry: "Registry", reference: str):
+        self.registry, self.reference = registry, reference
+
+    def __call__(self) -> AdapterFolder:
+        from luthier.registry.resolving import resolve_version
+
+        resolved = resolve_version(self.registry, self.reference)
+        read = read_adapter(resolved.folder)
+        if odd := sorted(name for name, digest in read.digests.items() if resolved.digests.get(name) != digest):
+            raise BlobError(
+                f"{resolved.reference}: {', '.join(odd)} in {resolved.folder} is not the file that was registered. Nothing was "
+                "loaded; ask again, which fetches the files anew."
+            )
+        self.reference = resolved.reference
+        return read
+
+
+@dataclass(frozen=True)
+class Residency:
+    """One name in the store. `uses` are of its content, by whatever name; `loads` counts each time that its files were read, also
+    in vain, and `load_seconds` is the sum over them.
+    """
+
+    name: str
+    state: State
+    key: str | None
+    bytes: int
+    uses: int
+    loads: int
+    load_seconds: float
+    evictions: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """All names in a store, and the sums over what it holds. `loads` to `failures` count since it was made."""
+
+    adapters: tuple[Residency, ...]
+    limit_bytes: int
+    resident_bytes: int
+    bytes_in_use: int
+    loads: int
+    load_seconds: float
+    evictions: int
+    failures: int
+
+
+@dataclass(eq=False)
+class _Name:
+    """What is known of a name. `key` is that of its content, from the first time it was read."""
+
+    name: str
+    source: Source
+    key: str | None = None
+    is_loading: bool = False
+    waiting: list[Future[AdapterWeights]] = field(default_factory=list)
+    drained: Future[None] | None = None
+    loads: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class _Resident:
+    weights: AdapterWeights
+    uses: int = 0
+
+
+class AdapterStore:
+    """The adapters of one served base: by name outside, by content inside.
+
+    At most `limit_bytes` are kept, besides one adapter for each worker while it is read. May be called from any thread; nothing
+    here waits for a file. Futures are completed in a worker's thread, so what hangs on them must be short.
+    """
+
+    def __init__(self, base: ServedBase, limit_bytes: int, workers: int = 1):
+        self.base, self.limit_bytes = base, limit_bytes
+        self._lock = Lock()
+        self._names: dict[str, _Name] = {}
+        self._leaving: list[_Name] = []
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._loads, self._load_seconds, self._evictions, self._failures = 0, 0.0, 0, 0
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="luthier-adapters")
+
+    def add(self, name: str, source: str | Path | Source) -> None:
+        """Make an adapter known under `name`: a folder, or whatever a Source gives (`RegisteredSource`). Reads nothing yet.
+
+        A name that is known means the new one from now on; what the old one holds goes once nobody uses it.
+        """
+        named = _Name(name, _folder_source(Path(source)) if isinstance(source, str | Path) else source)
+        with self._lock:
+            replaced, self._names[name] = self._names.get(name), named
+            gone = self._leave(replaced) if replaced is not None else []
+        self._finish(gone)
+
+    def acquire(self, name: str) -> "Future[AdapterWeights]":
+        """Return the adapter `name`, at once or when it has been read. It stays in memory until `release(weights.key)`.
+
+        A future that is cancelled before it is done needs no release. It fails with what `read_for_serving` and the source raise,
+        and with AdapterStateError where it has no room beside what is in use; others that wait for other adapters do not notice.
+        Raises: AdapterStateError for a name that is not known or is being unloaded.
+        """
+        future: Future[AdapterWeights] = Future()
+        with self._lock:
+            named = self._known(name)
+            resident = self._residents.get(named.key) if named.key is not None else None
+            if resident is None:
+                named.waiting.append(future)
+                if not named.is_loading:
+                    named.is_loading = True
+                    self._workers.submit(self._load, named)
+                return future
+            assert named.key is not None
+            self._residents.move_to_end(named.key)
+            resident.uses += 1
+        future.set_result(resident.weights)
+        return future
+
+    def release(self, key: str) -> None:
+        """Give back one `acquire`. Raises: AdapterStateError for a key that nobody holds."""
+        with self._lock:
+            resident = self._residents.get(key)
+            if resident is None or not resident.uses:
+                raise AdapterStateError(f"nobody holds an adapter {key[:16]!r}; each acquire is released once")
+            resident.uses -= 1
+            resident = None  # what goes must be gone when its memory is given back
+            gone = self._drained()
+        self._finish(gone)
+
+    def unload(self, name: str) -> "Future[None]":
+        """Forget a name: nobody new gets it, those who have it or wait for it finish. Done when its memory has been given back
+        (the numbers may live on under another name of the same content, or with whoever kept them).
+
+        Raises: AdapterStateError for a name that is not known.
+        """
+        with self._lock:
+            named = self._known(name)
+            del self._names[name]
+            drained: Future[None] = Future()
+            named.drained = drained
+            gone = self._leave(named)
+        self._finish(gone)
+        return drained
+
+    def residency(self) -> StoreReport:
+        """Return what is where, for metrics."""
+        with self._lock:
+            return StoreReport(
+                adapters=tuple(self._told(named) for named in (*self._names.values(), *self._leaving)),
+                limit_bytes=self.limit_bytes,
+                resident_bytes=self._sum(),
+                bytes_in_use=self._sum(in_use=True),
+                loads=self._loads,
+                load_seconds=self._load_seconds,
+                evictions=self._evictions,
+                failures=self._failures,
+            )
+
+    def close(self) -> None:
+        """Wait for what is being read, and end the workers. Nothing can be acquired afterwards."""
+        with self._lock:
+            names, self._names = list(self._names.values()), {}
+            gone = [done for named in names for done in self._leave(named)]
+        self._finish(gone)
+        self._workers.shutdown()
+
+    # In a worker's thread
+
+    def _load(self, named: _Name) -> None:
+        started = time.perf_counter()
+        self._arrived(named, *self._attempt(named), seconds=time.perf_counter() - started)
+
+    def _attempt(self, named: _Name) -> tuple[AdapterWeights | None, Exception | None]:
+        try:
+            return self._read(named), None
+        except Exception as error:  # whatever it is, somebody waits for the answer
+            return None, error
+
+    def _read(self, named: _Name) -> AdapterWeights:
+        folder = named.source()
+        key = content_key(folder)
+        if named.key is not None and named.key != key:
+            raise AdapterFormatError(
+                f"{folder.path} changed since adapter {named.name!r} was first read from it; add it again to serve the new one"
+            )
+        with self._lock:
+            resident = self._residents.get(key)
+        return resident.weights if resident is not None else read_for_serving(folder, self.base, named.name)
+
+    def _arrived(self, named: _Name, weights: AdapterWeights | None, error: Exception | None, *, seconds: float) -> None:
+        """Put what was read among the residents and give it to those who wait."""
+        with self._lock:
+            named.is_loading = False
+            waiting = [future for future in named.waiting if future.set_running_or_notify_cancel()]
+            named.waiting = []
+            self._loads += 1
+            self._load_seconds += seconds
+            named.loads += 1
+            named.load_seconds += seconds
+            if weights is not None:
+                named.key = weights.key
+                weights, error = self._place(weights)
+            if weights is not None:
+                self._residents[weights.key].uses += len(waiting)
+            named.error = None if error is None else str(error)
+            self._failures += error is not None
+            gone = self._drained()
+        for future in waiting:
+            if weights is not None:
+                future.set_result(weights)
+            else:
+                future.set_exception(error)
+        del weights
+        self._finish(gone)
+
+    # Under the lock
+
+    def _known(self, name: str) -> _Name:
+        named = self._names.get(name)
+        if named is None:
+            if any(leaving.name == name for leaving in self._leaving):
+                raise AdapterStateError(f"adapter {name!r} is being unloaded; add it again to use it")
+            raise AdapterStateError(f"there is no adapter {name!r} here.{did_you_mean(name, self._names)}")
+        return named
+
+    def _place(self, weights: AdapterWeights) -> tuple[AdapterWeights | None, AdapterStateError | None]:
+        """Make room for an adapter and take it in; if another name brought the same content meanwhile, that one is returned."""
+        if weights.key in self._residents:
+            self._residents.move_to_end(weights.key)
+            return self._residents[weights.key].weights, None
+        in_use = self._sum(in_use=True)
+        if in_use + weights.bytes > self.limit_bytes:
+            return None, AdapterStateError(
+                f"adapter {weights.name!r} needs {weights.bytes:,} bytes, and {in_use:,} of the {self.limit_bytes:,} that "
+                "adapters may have are in use; ask again when a request has finished, or raise the limit"
+            )
+        surplus = self._sum() + weights.bytes - self.limit_bytes
+        for key in [key for key, resident in self._residents.items() if not resident.uses]:
+            if surplus <= 0:
+                break
+            surplus -= self._residents.pop(key).weights.bytes
+            self._evictions += 1
+            for named in self._names.values():
+                named.evictions += named.key == key
+        self._residents[weights.key] = _Resident(weights)
+        return weights, None
+
+    def _leave(self, named: _Name) -> "list[Future[None]]":
+        self._leaving.append(named)
+        return self._drained()
+
+    def _drained(self) -> "list[Future[None]]":
+        """Take out what was only kept for names that left and has no users any more; return what is to be told."""
+        gone: list[Future[None]] = []
+        for named in list(self._leaving):
+            shared = named.key is not None and any(other.key == named.key for other in self._names.values())
+            resident = self._residents.get(named.key) if named.key is not None else None
+            if named.is_loading or (resident is not None and resident.uses and not shared):
+                continue
+            if resident is not None and not shared:
+                del self._residents[resident.weights.key]
+            self._leaving.remove(named)
+            gone.append(named.drained or Future())
+        return gone
+
+    def _sum(self, *, in_use: bool = False) -> int:
+        return sum(resident.weights.bytes for resident in self._residents.values() if resident.uses or not in_use)
+
+    def _told(self, named: _Name) -> Residency:
+        resident = self._residents.get(named.key) if named.key is not None else None
+        state: State = "known" if named.error is None else "failed"
+        if named in self._leaving:
+            state = "draining"
+        elif resident is not None:
+            state = "resident"
+        elif named.is_loading:
+            state = "loading"
+        return Residency(
+            name=named.name,
+            state=state,
+            key=named.key,
+            bytes=0 if resident is None else resident.weights.bytes,
+            uses=0 if resident is None else resident.uses,
+            loads=named.loads,
+            load_seconds=named.load_seconds,
+            evictions=named.evictions,
+            error=named.error,
+        )
+
+    # Outside of it
+
+    def _finish(self, gone: "list[Future[None]]") -> None:
+        """Have freed memory given back, and tell those who wait for that. A worker does it, since it takes milliseconds."""
+        if not gone:
+            return
+        try:
+            self._workers.submit(_give_back, gone)
+        except RuntimeError:  # closed
+            _give_back(gone)
+
+
+def _give_back(gone: "list[Future[None]]") -> None:
+    release_freed_memory()
+    for future in gone:
+        if future.set_running_or_notify_cancel():
+            future.set_result(None)
+
+
+def _folder_source(path: Path) -> Source:
+    return lambda: read_adapter(path)
