@@ -14,6 +14,8 @@ import torch
 from sqlalchemy import text
 from tests.tiny_run import save_tiny_model
 
+import luthier.engine
+
 ROWS = [
     {"text": f"put song {n} on my list", "intent": "AddToPlaylist", "slots": {"song": f"song {n}", "playlist": "my list"}}
     for n in range(9)
@@ -88,6 +90,36 @@ def test_qlora_step_runs_tiny(root: Path, folder: Path) -> None:
     assert result["loss"]["peft_nf4"] == pytest.approx(result["loss"]["luthier_nf4"], rel=1e-5)
     assert result["bits_per_weight"]["luthier_nf4"] < 8 < result["bits_per_weight"]["luthier"] == 32
     assert {"step_vs_dense", "static_vs_dense", "vs_peft_nf4"} <= set(result)
+
+
+SERVE = ("serve.py", "--tiny", "--dtype", "float32", "--threads", "1")
+
+
+@pytest.mark.slow
+def test_serve_runs_tiny_beside_peft(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, *SERVE, "--only", "peft", "transformers", "vllm", "--vllm-python", "nowhere/python")
+    assert set(result["left_out"]) == {"vllm"}
+    assert "no vLLM at nowhere/python" in result["left_out"]["vllm"]
+    assert set(result["table"]["peft"]) == {"eight", "one", "base", "single", "single_base", "prefill"}
+    assert set(result["table"]["transformers"]) == {"base", "single_base"}
+    for figures in (figures for by_title in result["table"].values() for figures in by_title.values()):
+        assert 0 < figures["first_token_p50_s"] <= figures["latency_p50_s"] <= figures["seconds"]
+    rows = result["isolation"]["peft"]
+    assert rows["base_rows_as_alone"] == rows["base_rows"] == 2
+    assert rows["adapter_rows_as_alone"] == rows["adapter_rows"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(luthier.engine, "Engine"), reason="the engine is not joined yet")
+def test_serve_runs_tiny_with_luthier(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, *SERVE, "--only", "luthier", "peft")
+    assert result["left_out"] == {}
+    for words in ("eight_adapters", "one_adapter", "single", "prefill", "base"):
+        assert result[f"{words}_vs_peft"] > 0
+    assert result["eight_adapters_vs_base"] > 0
+    rows = result["isolation"]["luthier"]
+    assert rows["base_rows_as_alone"] == rows["base_rows"] == 2
+    assert rows["adapter_rows_as_alone"] == rows["adapter_rows"] == 2
 
 
 @pytest.mark.slow
