@@ -123,6 +123,29 @@ def test_serve_runs_tiny_with_luthier(root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(luthier.engine, "Engine"), reason="the engine is not joined yet")
+def test_serve_many_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "serve_many.py", "--tiny", "--dtype", "float32", "--threads", "1")
+    assert result["adapters"] == 12 and result["many_vs_eight"] > 0
+    assert 0 < result["peak_gib"] <= result["limit_gib"] == 4
+    assert min(result["cold"].values()) > 0
+    assert 0 <= result["tenants"]["quiet_share_of_tokens"] <= 1
+
+
+def test_serve_many_counts_a_share_only_while_both_tenants_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    benchmark = runpy.run_path(str(root / "benchmarks/serve_many.py"))
+    answered, share = benchmark["Answered"], benchmark["share"]
+    # The flood holds both rows for ten seconds; then the tenants have one row each, until the last of the quiet one begins at 30.
+    flood = [answered(0, 0, 10, 10), answered(0, 0, 10, 10), *(answered(0, t, t + 10, 10) for t in (10, 20, 30, 40))]
+    quiet = [answered(5, t, t + 10, 10) for t in (10, 20, 30)]
+    assert share(quiet, flood) == pytest.approx(0.5)
+    assert share([answered(5, t, t + 10, 10) for t in (50, 60)], flood) == 0.0  # served after all of the flood
+    slighted = [answered(5, 10, 40, 10), answered(5, 40, 50, 10)]
+    assert share(slighted, flood) == pytest.approx(10 / 40)
+
+
+@pytest.mark.slow
 def test_train_epoch_runs_tiny(root: Path, folder: Path) -> None:
     size = ("--rows", "9", "--held-out", "4", "--seeds", "1", "--dtype", "float32")
     result = result_of(root, folder, "train_epoch.py", *size, "--only", "trl_no_checkpointing", "trl_packing", "luthier")
