@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
         dtype=arguments.dtype,
         adapters=plan["adapters"],
         prefix_cache=False,
-        adapter_limit_bytes=int(arguments.store_gib * 2**30),
+        adapter_bytes=int(arguments.store_gib * 2**30),
     )
     load_seconds = time.perf_counter() - began
     names = [name for name in plan["adapters"] if not name.startswith("cold")]
@@ -169,7 +169,7 @@ def closed_loop(
 
 def answer(engine: Any, prompt: list[int], adapter: str, tokens: int, tenant: str = "default") -> Callable[[], Answered]:
     """Send a request; return what waits for its answer."""
-    from luthier.engine import Sampling
+    from luthier.engine.requests import Sampling
 
     sent = time.perf_counter()
     handle = engine.submit(prompt, adapter=adapter, sampling=Sampling(max_new_tokens=tokens, ignore_eos=True), tenant=tenant)

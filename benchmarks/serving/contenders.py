@@ -20,7 +20,8 @@ class Luthier:
         import torch
 
         import luthier
-        from luthier.engine import Engine, Sampling
+        from luthier.engine import Engine
+        from luthier.engine.requests import Sampling
 
         torch.set_num_threads(plan["threads"])
         self._sampling = Sampling
