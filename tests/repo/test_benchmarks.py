@@ -14,6 +14,8 @@ import torch
 from sqlalchemy import text
 from tests.tiny_run import save_tiny_model
 
+import luthier.engine
+
 ROWS = [
     {"text": f"put song {n} on my list", "intent": "AddToPlaylist", "slots": {"song": f"song {n}", "playlist": "my list"}}
     for n in range(9)
@@ -88,6 +90,59 @@ def test_qlora_step_runs_tiny(root: Path, folder: Path) -> None:
     assert result["loss"]["peft_nf4"] == pytest.approx(result["loss"]["luthier_nf4"], rel=1e-5)
     assert result["bits_per_weight"]["luthier_nf4"] < 8 < result["bits_per_weight"]["luthier"] == 32
     assert {"step_vs_dense", "static_vs_dense", "vs_peft_nf4"} <= set(result)
+
+
+SERVE = ("serve.py", "--tiny", "--dtype", "float32", "--threads", "1")
+
+
+@pytest.mark.slow
+def test_serve_runs_tiny_beside_peft(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, *SERVE, "--only", "peft", "transformers", "vllm", "--vllm-python", "nowhere/python")
+    assert set(result["left_out"]) == {"vllm"}
+    assert "no vLLM at nowhere/python" in result["left_out"]["vllm"]
+    assert set(result["table"]["peft"]) == {"eight", "one", "base", "single", "single_base", "prefill"}
+    assert set(result["table"]["transformers"]) == {"base", "single_base"}
+    for figures in (figures for by_title in result["table"].values() for figures in by_title.values()):
+        assert 0 < figures["first_token_p50_s"] <= figures["latency_p50_s"] <= figures["seconds"]
+    rows = result["isolation"]["peft"]
+    assert rows["base_rows_as_alone"] == rows["base_rows"] == 2
+    assert rows["adapter_rows_as_alone"] == rows["adapter_rows"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(luthier.engine, "Engine"), reason="the engine is not joined yet")
+def test_serve_runs_tiny_with_luthier(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, *SERVE, "--only", "luthier", "peft")
+    assert result["left_out"] == {}
+    for words in ("eight_adapters", "one_adapter", "single", "prefill", "base"):
+        assert result[f"{words}_vs_peft"] > 0
+    assert result["eight_adapters_vs_base"] > 0
+    rows = result["isolation"]["luthier"]
+    assert rows["base_rows_as_alone"] == rows["base_rows"] == 2
+    assert rows["adapter_rows_as_alone"] == rows["adapter_rows"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(luthier.engine, "Engine"), reason="the engine is not joined yet")
+def test_serve_many_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "serve_many.py", "--tiny", "--dtype", "float32", "--threads", "1")
+    assert result["adapters"] == 12 and result["many_vs_eight"] > 0
+    assert 0 < result["peak_gib"] <= result["limit_gib"] == 4
+    assert min(result["cold"].values()) > 0
+    assert 0 <= result["tenants"]["quiet_share_of_tokens"] <= 1
+
+
+def test_serve_many_counts_a_share_only_while_both_tenants_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    benchmark = runpy.run_path(str(root / "benchmarks/serve_many.py"))
+    answered, share = benchmark["Answered"], benchmark["share"]
+    # The flood holds both rows for ten seconds; then the tenants have one row each, until the last of the quiet one begins at 30.
+    flood = [answered(0, 0, 10, 10), answered(0, 0, 10, 10), *(answered(0, t, t + 10, 10) for t in (10, 20, 30, 40))]
+    quiet = [answered(5, t, t + 10, 10) for t in (10, 20, 30)]
+    assert share(quiet, flood) == pytest.approx(0.5)
+    assert share([answered(5, t, t + 10, 10) for t in (50, 60)], flood) == 0.0  # served after all of the flood
+    slighted = [answered(5, 10, 40, 10), answered(5, 40, 50, 10)]
+    assert share(slighted, flood) == pytest.approx(10 / 40)
 
 
 @pytest.mark.slow
