@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, QUANTIZE, make_console, print_json, report_error
+from luthier.cli.registry_opening import REGISTRY
 from luthier.core.errors import ConfigError, LuthierError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from luthier.evaluate import Contestant, GateReport, Suite
+    from luthier.evaluate import GateReport, Policy
 
 NO_VERDICT = 2
 
@@ -23,7 +22,9 @@ def gate(
     ),
     candidate: Path | None = typer.Option(None, help="Instead of an adapter: its scores, a JSON file of `luthier eval --save`."),
     base: Path | None = typer.Option(None, help="With --candidate: the scores of its base on the same suites."),
-    incumbent: Path | None = typer.Option(None, help="Scores of the adapter that serves now, on the same suites."),
+    incumbent: str | None = typer.Option(
+        None, help="What serves now: an adapter's or run's folder, NAME:VERSION of the registry, or scores on the same suites."
+    ),
     policy: Path | None = typer.Option(None, help="TOML file with what is asked. Default: the policy of luthier."),
     show_policy: bool = typer.Option(False, help="Print the policy as TOML, to begin a file of one's own with, and stop."),
     train: str | None = typer.Option(
@@ -38,34 +39,42 @@ def gate(
     dtype: str = DTYPE,
     quantize: str | None = QUANTIZE,
     force: bool = FORCE,
+    registry: str | None = REGISTRY,
     as_json: bool = JSON,
 ) -> None:
     """Judge an adapter against its base and the one that serves now. Exit: 0 pass, 1 fail, 3 inconclusive, 2 no verdict."""
     console = make_console(as_json)
     try:
-        from luthier.evaluate import DEFAULT_POLICY, Subjects, decide, read_policy, read_scores
+        from luthier.cli.judging import judged
+        from luthier.evaluate import DEFAULT_POLICY, read_policy, read_scores
 
         asked = DEFAULT_POLICY if policy is None else read_policy(policy)
         if show_policy:
             typer.echo(asked.to_toml(), nl=False)
             return
-        _check_call(adapter, candidate, base, suite, train)
-        current = read_scores(incumbent) if incumbent is not None else None
+        _check_call(adapter, candidate, base, suite, train, incumbent, asked)
+        current = read_scores(incumbent) if incumbent is not None and Path(incumbent).is_file() else None
         left_out: dict[str, Any] = {}
         if adapter is not None:
-            from luthier.cli.suites import named_suites, put_suites
+            from luthier.cli.judging import check_fits, check_suites, contestants, incumbent_on, put_on, trained_on
+            from luthier.cli.loading import load
+            from luthier.cli.suites import named_suites
 
             suites = named_suites(suite, limit)
-            left_out = _trained_on(adapter, train, suites, console)
-            options = {"dtype": dtype, "quantize": quantize, "force": force, "console": console}
-            loaded, runs = put_suites(adapter, suites, model=model, batch_tokens=batch_tokens, remember=remember, **options)
-            ours, theirs = _contestants(adapter, loaded, runs)
+            check_suites(suites, asked, has_incumbent=incumbent is not None)
+            left_out = trained_on(adapter, train, suites, console)
+            rival = _folder_of(incumbent, registry) if incumbent is not None and current is None else None
+            loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
+            if rival is not None:
+                check_fits(rival, loaded, force=force)
+            run = {"batch_tokens": batch_tokens, "console": console}
+            ours, theirs = contestants(adapter, loaded, suites, remember=remember, **run)
+            if rival is not None:
+                current = incumbent_on(rival, put_on(rival, loaded, force=force), suites, name=str(incumbent), **run)
         else:
             assert candidate is not None and base is not None
             ours, theirs = read_scores(candidate), read_scores(base)
-        subjects = Subjects(ours.adapter, ours.manifest_digest, theirs.fingerprint, current.adapter if current else None)
-        served = current.suites if current else None
-        report = decide(ours.suites, theirs.suites, served, asked, contaminated=left_out, subjects=subjects)
+        report = judged(ours, theirs, current, asked, left_out)
         _tell(report, html, save, as_json, console)
     except LuthierError as error:
         report_error(error, as_json=as_json)
@@ -73,7 +82,15 @@ def gate(
     raise typer.Exit(report.exit_code)
 
 
-def _check_call(adapter: str | None, candidate: Path | None, base: Path | None, suite: list[str], train: str | None) -> None:
+def _check_call(
+    adapter: str | None,
+    candidate: Path | None,
+    base: Path | None,
+    suite: list[str],
+    train: str | None,
+    incumbent: str | None,
+    policy: "Policy",
+) -> None:
     """Raise ConfigError unless there is an adapter with suites, or the scores of both sides, and not both."""
     if adapter is None and (candidate is None or base is None):
         raise ConfigError("name an adapter and its suites, or give the scores of it and its base: --candidate FILE --base FILE")
@@ -83,30 +100,24 @@ def _check_call(adapter: str | None, candidate: Path | None, base: Path | None, 
         raise ConfigError("name the suites that the adapter and its base are put to: --suite general --suite my-task.toml")
     if adapter is None and (suite or train):
         raise ConfigError("--suite and --train have no effect on scores that are there; name an adapter instead")
+    if incumbent is None or Path(incumbent).is_file():
+        return
+    if adapter is None:
+        raise ConfigError(f"--incumbent {incumbent} is no file; beside the scores of --candidate and --base it takes scores too")
+    if policy.incumbent == "ignored":
+        raise ConfigError(f"policy '{policy.name}' ignores the incumbent, so it would be run for nothing; leave --incumbent out")
 
 
-def _trained_on(adapter: str, train: str | None, suites: "Sequence[Suite]", console: Any) -> dict[str, Any]:
-    """Return, by suite, the items that are in the training rows."""
-    from luthier.cli.loading import recipe_of
-    from luthier.data.read import stream_rows
-    from luthier.evaluate.contamination import find_contamination
+def _folder_of(incumbent: str, registry: str | None) -> Path:
+    """Return the folder of an adapter, of a run, or of a version in the registry."""
+    if Path(incumbent).is_dir():
+        return Path(incumbent)
+    if ":" not in incumbent:
+        raise ConfigError(f"--incumbent {incumbent} is not there; needed a file of scores, an adapter's folder, or NAME:VERSION")
+    from luthier.cli.registry_opening import opened
+    from luthier.registry.resolving import resolve
 
-    rows = train or recipe_of(adapter).get("data", {}).get("path")
-    if train is None and (rows is None or not Path(rows).is_file()):
-        console.print("The training rows are not here, so no item was looked for in them; name them with --train.")
-        return {}
-    return dict(find_contamination(stream_rows(rows), suites).item_ids)
-
-
-def _contestants(adapter: str, loaded: Any, runs: "Sequence[Any]") -> "tuple[Contestant, Contestant]":
-    from luthier.cli.loading import adapter_folder
-    from luthier.evaluate import Contestant
-    from luthier.formats.adapters import fingerprint_of
-    from luthier.registry.intake import examine
-
-    manifest = examine(adapter_folder(adapter)).manifest_digest
-    base = Contestant(tuple(run.base for run in runs), fingerprint=fingerprint_of(loaded.base.model).identity())
-    return Contestant(tuple(run.adapter for run in runs), adapter=adapter, manifest_digest=manifest), base
+    return resolve(opened(registry), incumbent)
 
 
 def _tell(report: "GateReport", html: Path | None, save: Path | None, as_json: bool, console: Any) -> None:

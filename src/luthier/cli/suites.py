@@ -28,17 +28,11 @@ def evaluate_suites(
     console: Any,
 ) -> None:
     """Run the suites, show them side by side, and write each contestant's items to a file of its own."""
-    loaded, runs = put_suites(
-        adapter,
-        named_suites(named, limit),
-        model=model,
-        batch_tokens=batch_tokens,
-        remember=remember,
-        dtype=dtype,
-        quantize=quantize,
-        force=force,
-        console=console,
-    )
+    from luthier.cli.loading import load
+
+    suites = named_suites(named, limit)
+    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
+    runs = put_suites(loaded, suites, batch_tokens=batch_tokens, remember=remember, console=console)
     from luthier.evaluate.suite_report import suite_facts, suites_table
 
     console.print(suites_table(runs))
@@ -58,29 +52,17 @@ def named_suites(named: Sequence[str], limit: int | None) -> "list[Suite]":
 
 
 def put_suites(
-    adapter: str,
-    suites: "Sequence[Suite]",
-    *,
-    model: str | None,
-    batch_tokens: int,
-    remember: bool,
-    dtype: str,
-    quantize: str | None,
-    force: bool,
-    console: Any,
-) -> "tuple[Loaded, list[SuiteRun]]":
-    """Load the adapter on its base, and put the suites to both."""
+    loaded: "Loaded", suites: "Sequence[Suite]", *, batch_tokens: int, remember: bool, console: Any
+) -> "list[SuiteRun]":
+    """Put the suites to a base and to the adapter on it."""
     from luthier.cli.evaluate import progress_bar
-    from luthier.cli.loading import load
-
-    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
     from luthier.evaluate.base_cache import BaseScores
     from luthier.evaluate.runner import run_suites
 
     base, tokenizer = loaded.base.model, loaded.base.tokenizer
     known = BaseScores(base, tokenizer) if remember else None
     with progress_bar(console) as on_progress:
-        return loaded, run_suites(base, tokenizer, suites, batch_tokens=batch_tokens, known=known, on_progress=on_progress)
+        return run_suites(base, tokenizer, suites, batch_tokens=batch_tokens, known=known, on_progress=on_progress)
 
 
 def _write(save: Path, runs: "Sequence[SuiteRun]", adapter: str) -> list[Path]:

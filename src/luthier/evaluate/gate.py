@@ -16,11 +16,11 @@ from math import isfinite
 from statistics import NormalDist
 from typing import Any, Literal
 
-from luthier.core.errors import DataError
+from luthier.core.errors import ConfigError, DataError
 from luthier.evaluate.comparison import Comparison, Driver, compare, drivers, lost_items
-from luthier.evaluate.pairing import Against, Pair, pair_all
+from luthier.evaluate.pairing import Against, Pair, missing_suites, pair_all
 from luthier.evaluate.policy import DEFAULT_POLICY, Policy
-from luthier.evaluate.scores import SuiteScores
+from luthier.evaluate.scores import Kind, SuiteScores
 from luthier.evaluate.statistics import CONFIDENCE, holm, items_to_decide, pooled_bounds, share
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -162,7 +162,7 @@ def decide(
     Raises: DataError listing everything that keeps the scores from being compared or judged under this policy.
     """
     if policy.incumbent == "required" and incumbent is None:
-        raise DataError(f"policy '{policy.name}' compares with the incumbent too; give the scores of the adapter that serves now")
+        raise DataError(_no_incumbent(policy))
     baselines: dict[Against, Sequence[SuiteScores]] = {"base": base}
     if incumbent is not None and policy.incumbent != "ignored":
         baselines["incumbent"] = incumbent
@@ -185,6 +185,20 @@ def decide(
     if incumbent is not None and policy.incumbent == "ignored":
         reasons.append("note: the policy ignores the incumbent")
     return GateReport(verdict, policy, subjects, suites, slices, pooled, floors, left_out, tuple(reasons))
+
+
+def check_named(suites: Mapping[str, Kind], policy: Policy, *, has_incumbent: bool) -> None:
+    """Raise ConfigError for what `decide` would miss once the suites, given as name -> kind, were run: said before they are."""
+    faults = missing_suites(suites, policy)
+    if policy.incumbent == "required" and not has_incumbent:
+        faults.append(_no_incumbent(policy))
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise ConfigError(f"nothing was run, since it could not be judged ({len(faults)} faults):{listed}")
+
+
+def _no_incumbent(policy: Policy) -> str:
+    return f"policy '{policy.name}' compares with the incumbent too; give the adapter that serves now, or its scores"
 
 
 def _judge_suites(pairs: Sequence[Pair], policy: Policy, alpha: float) -> tuple[SuiteResult, ...]:

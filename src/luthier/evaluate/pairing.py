@@ -70,7 +70,7 @@ def pair_all(
     """
     contestants = {"the candidate": candidate} | {f"the {name}": suites for name, suites in baselines.items()}
     faults = [fault for who, suites in contestants.items() for fault in _own_faults(who, suites)]
-    faults += _missing(candidate, policy)
+    faults += missing_suites({suite.suite: suite.kind for suite in candidate}, policy)
     pairs = []
     for against, suites in baselines.items():
         theirs = {suite.suite: suite for suite in suites}
@@ -121,12 +121,12 @@ def _own_faults(who: str, suites: Sequence[SuiteScores]) -> list[str]:
     return faults
 
 
-def _missing(candidate: Sequence[SuiteScores], policy: Policy) -> list[str]:
-    names, kinds = {suite.suite for suite in candidate}, {suite.kind for suite in candidate}
+def missing_suites(kinds: Mapping[str, Kind], policy: Policy) -> list[str]:
+    """Return in words what the policy asks for and the suites, given as name -> kind, do not hold."""
     asked = f"policy '{policy.name}' asks for"
-    faults = [f"{asked} a suite of kind '{kind}', which no suite here is" for kind in policy.kinds if kind not in kinds]
-    faults += [f"{asked} the suite '{name}', which was not run" for name in policy.suites if name not in names]
-    floors = [floor for floor in policy.floors if floor.suite is not None and floor.suite not in names]
+    faults = [f"{asked} a suite of kind '{kind}', which no suite here is" for kind in policy.kinds if kind not in kinds.values()]
+    faults += [f"{asked} the suite '{name}', which was not run" for name in policy.suites if name not in kinds]
+    floors = [floor for floor in policy.floors if floor.suite is not None and floor.suite not in kinds]
     return faults + [f"{asked} a floor for {floor.about}, which was not run" for floor in floors]
 
 

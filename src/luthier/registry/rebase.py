@@ -131,24 +131,26 @@ def rebase(
 ) -> list[Successor]:
     """Train every dependent that can be on the new base, register it, and have it judged against its predecessor.
 
-    One that fails is told with its reason and does not stop the others. Without `judge` successors stay unjudged, and none may
-    follow.
+    One that fails is told with its reason and does not stop the others. With `judge` those that were moved before are judged
+    too. Without it successors stay unjudged, and none may follow.
     """
     results: list[Successor] = []
     for dependent in plan.dependents:
-        if not dependent.can_be_retrained:
+        if dependent.obstacle or (dependent.moved_to and judge is None):
             reason = dependent.obstacle or f"{dependent.moved_to} stands on another base already"
             results.append(Successor(dependent.version, fault=reason))
             continue
-        tell(f"{dependent.version}: training on the new base")
+        version = dependent.moved_to
         try:
-            run = retrain(dependent)
-            done = register_run(registry, run, name=dependent.name, actor=actor)
-            _record(registry, actor, dependent.version, done.reference, plan.old)
-            judgement = judge(dependent.version, done.reference) if judge else None
-            results.append(Successor(dependent.version, done.reference, judgement))
+            if version is None:
+                tell(f"{dependent.version}: training on the new base")
+                version = register_run(registry, retrain(dependent), name=dependent.name, actor=actor).reference
+                _record(registry, actor, dependent.version, version, plan.old)
+            if judge:
+                tell(f"{version}: judging against {dependent.version}")
+            results.append(Successor(dependent.version, version, judge(dependent.version, version) if judge else None))
         except LuthierError as error:
-            results.append(Successor(dependent.version, fault=str(error)))
+            results.append(Successor(dependent.version, version, fault=str(error)))
     return results
 
 

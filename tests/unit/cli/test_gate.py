@@ -4,9 +4,12 @@ import json
 import re
 
 import pytest
+from tests.tiny_run import save_tiny_model, train_tiny
 from tests.unit.evaluate.scored import changed, suite
 
 from luthier.evaluate import Contestant, Policy, read_policy, write_scores
+from luthier.models import load
+from luthier.models.load import load_model
 
 LOOSE = Policy(name="loose", kinds=("capability",), floors=())
 
@@ -71,6 +74,7 @@ def test_the_incumbent_is_named_as_the_baseline(gate):
         (("runs/mine",), "name the suites"),
         (BOTH, "asks for a suite of kind 'task'"),
         ((*BOTH, "--policy", "none.toml"), "there is no policy file"),
+        ((*BOTH, "--incumbent", "runs/now"), "beside the scores of --candidate and --base it takes scores too"),
     ],
 )
 def test_what_cannot_be_judged_has_a_status_of_its_own(gate, flags, words):
@@ -109,8 +113,9 @@ def test_the_table_names_slices_and_drivers(gate):
 SUITE = 'name = "{0}"\nkind = "{1}"\ntype = "{2}"\ndata = "rows.jsonl"\n{3}\n'
 
 
-def test_an_adapter_is_put_to_suites_beside_its_base(luthier, trained, tmp_path, monkeypatch):
-    """The same numbers as `luthier eval` saves, and what was trained on is left out."""
+@pytest.fixture
+def suites(tmp_path, monkeypatch):
+    """The flags of two small suites, in a home of their own."""
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
     rows = [{"good": f"Please refret number {n} by noon today.", "bad": f"By it refret {n} please noon."} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -118,7 +123,11 @@ def test_an_adapter_is_put_to_suites_beside_its_base(luthier, trained, tmp_path,
     pair = 'good = "{{ good }}"\nbad = "{{ bad }}"'
     (tmp_path / "order.toml").write_text(SUITE.format("order", "capability", "pairs", pair))
     (tmp_path / "texts.toml").write_text(SUITE.format("texts", "drift", "rolling", 'text = "{{ good }}"'))
-    suites = ("--suite", "order.toml", "--suite", "texts.toml")
+    return "--suite", "order.toml", "--suite", "texts.toml"
+
+
+def test_an_adapter_is_put_to_suites_beside_its_base(luthier, trained, suites, tmp_path):
+    """The same numbers as `luthier eval` saves, and what was trained on is left out."""
     said = luthier("gate", trained, *suites, "--policy", write_loose(tmp_path), "--train", "seen.jsonl", "--json")
     assert said.status in (0, 1, 3), said.err
     found = json.loads(said.out)
@@ -133,6 +142,81 @@ def test_an_adapter_is_put_to_suites_beside_its_base(luthier, trained, tmp_path,
     assert [each["n"] for each in whole["suites"]] == [30, 30]
     kept = json.loads((tmp_path / "scores.json").read_text())["suites"][1]["items"][4:]
     assert found["suites"][1]["candidate"] == pytest.approx(sum(each["score"] for each in kept) / 26)
+
+
+@pytest.fixture(scope="session")
+def serving(tiny_folder, tmp_path_factory):
+    """The run of another adapter on the same base."""
+    return train_tiny(tmp_path_factory.mktemp("serving"), tiny_folder, "now")
+
+
+@pytest.mark.parametrize("form", ["run", "adapter", "version"])
+def test_an_incumbent_is_put_to_the_same_suites_on_the_base_that_is_loaded(
+    luthier, trained, serving, suites, tmp_path, monkeypatch, form
+):
+    """Item by item what `luthier eval INCUMBENT` saves, so that the decision is the one on its scores."""
+    place = ("--registry", tmp_path / "registry")
+    named = {"run": serving, "adapter": serving / "adapter", "version": "notes:1"}[form]
+    if form == "version":
+        assert luthier("registry", "add", serving, "--name", "notes", "--owner", "shop", *place).status == 0
+        suites = (*suites, *place)
+    call = ("gate", trained, *suites, "--policy", write_loose(tmp_path), "--train", "seen.jsonl", "--json")
+    loaded = []
+    monkeypatch.setattr(load, "load_model", lambda spec, **options: loaded.append(spec) or load_model(spec, **options))
+    said = luthier(*call, "--incumbent", named)
+    assert said.status in (0, 1, 3), said.err
+    assert len(loaded) == 1
+    found = json.loads(said.out)
+    assert found["baseline"] == str(named)
+    assert luthier("eval", serving, *suites[:4], "--save", "now.json").status == 0
+    by_scores = json.loads(luthier(*call, "--incumbent", "now.json").out)
+    for told in (found, by_scores):
+        told.pop("baseline"), told.pop("decided_at")
+    assert found == by_scores
+    differs = [each["candidate"] != each["baseline"] for each in found["suites"] if each["against"] == "incumbent"]
+    assert len(differs) == 2 and any(differs)
+
+
+def test_what_the_policy_asks_for_is_said_before_a_suite_is_run(luthier, trained, suites, tmp_path):
+    """No model is loaded: the base that is named is not there."""
+    strict = Policy(name="strict", suites=("facts",), floors=({"suite": "grammar", "minimum": 0.5},), incumbent="required")
+    (tmp_path / "strict.toml").write_text(strict.to_toml())
+    said = luthier("gate", trained, *suites, "--policy", "strict.toml", "--model", "nowhere")
+    assert said.status == 2 and "nothing was run, since it could not be judged (4 faults)" in said.err
+    for words in ("kind 'task'", "the suite 'facts'", "a floor for suite 'grammar'", "compares with the incumbent too"):
+        assert words in said.err
+    assert not (tmp_path / "home" / "scores").exists()
+    later = luthier("gate", trained, *suites, "--policy", write_loose(tmp_path), "--model", "nowhere")
+    assert later.status == 2 and "nothing was run" not in later.err and "nowhere" in later.err
+
+
+@pytest.mark.parametrize(
+    ("incumbent", "asked", "words"),
+    [
+        ("nowhere", {}, "needed a file of scores, an adapter's folder, or NAME:VERSION"),
+        ("notes:1", {}, "There is no registry"),
+        ("notes:1", {"incumbent": "ignored"}, "would be run for nothing"),
+    ],
+)
+def test_an_incumbent_that_cannot_be_run_is_refused_before_a_suite_is_run(
+    luthier, trained, suites, tmp_path, incumbent, asked, words
+):
+    (tmp_path / "mine.toml").write_text(LOOSE.model_copy(update=asked).to_toml())
+    call = ("gate", trained, *suites, "--policy", "mine.toml", "--registry", tmp_path / "registry", "--incumbent", incumbent)
+    said = luthier(*call)
+    assert said.status == 2 and words in said.err
+    assert not (tmp_path / "home" / "scores").exists()
+
+
+def test_an_incumbent_of_another_base_is_refused_before_a_suite_is_run(
+    luthier, trained, suites, tiny_llama, tiny_tokenizer, tmp_path
+):
+    other = save_tiny_model(tmp_path / "other", tiny_llama, tiny_tokenizer, hidden=32, layers=1, initializer_range=0.3, seed=5)
+    (tmp_path / "runs").mkdir()
+    rival = train_tiny(tmp_path / "runs", other, "rival")
+    said = luthier("gate", trained, *suites, "--policy", write_loose(tmp_path), "--incumbent", rival)
+    assert said.status == 2 and "was trained on another base" in said.err
+    assert not (tmp_path / "home" / "scores").exists()
 
 
 def write_loose(folder):

@@ -97,6 +97,25 @@ def test_one_that_fails_is_told_and_does_not_stop_the_others(filled: Registry, h
     assert done.version == "second:2"
 
 
+def test_a_judge_that_cannot_judge_is_told_and_the_successor_is_judged_later(
+    filled: Registry, home: Path, tmp_path: Path
+) -> None:
+    def cannot(predecessor: str, successor: str) -> Judgement:
+        raise RegistryError("the old base is not there")
+
+    (failed,) = rebase(filled, plan(filled, home / "old"), retrain_on(home, tmp_path / "run"), actor="ada", judge=cannot)
+    assert (failed.version, failed.fault, failed.may_follow) == ("orders:2", "the old base is not there", False)
+    again = plan(filled, home / "old")
+
+    def never(dependent: Dependent) -> Path:
+        pytest.fail(f"{dependent.version} was trained")
+
+    (done,) = rebase(filled, again, never, actor="ada", judge=lambda old, new: Judgement(Verdict.PASS, f"{old} {new}"))
+    assert (done.version, done.judgement) == ("orders:2", Judgement(Verdict.PASS, "orders:1 orders:2"))
+    (left,) = rebase(filled, again, never, actor="ada")
+    assert left.fault == "orders:2 stands on another base already"
+
+
 def test_a_quantised_copy_under_another_name_is_the_same_base(filled: Registry, home: Path) -> None:
     quantised = fingerprint_of(load_model(str(home / "old"), dtype="float32", quantize="nf4").model)
     with filled.database.writing() as session:
