@@ -15,6 +15,7 @@
     ├── CheckpointError(ValueError)      a run folder cannot be resumed
     ├── TrainingError(RuntimeError)      training went wrong: a loss that is not finite, no gradient
     ├── RequestError(ValueError)         a request can never be served: too long, too many adapters, an id twice
+    ├── EngineError(RuntimeError)        the engine is closed, or an answer cannot go on
     ├── QueueFullError(RuntimeError)     too many requests wait; try again later (HTTP's 429)
     ├── RegistryError(ValueError)        the registry has no such thing, or cannot be opened
     │   ├── RefusedError                 a rule of the registry says no: held, retired, frozen, blocked, no gate
@@ -93,6 +94,10 @@ class TrainingError(LuthierError, RuntimeError):
 
 class RequestError(LuthierError, ValueError):
     """A request can never be served as it is: too long for the model or the memory, or of too many adapters."""
+
+
+class EngineError(LuthierError, RuntimeError):
+    """The engine is closed, or an answer cannot go on."""
 
 
 class QueueFullError(LuthierError, RuntimeError):

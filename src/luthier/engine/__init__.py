@@ -1,4 +1,4 @@
-"""Running models: scoring answers and generating text.
+"""Running models: many requests for many adapters in one batch, scoring answers, generating text.
 
 Used by `train`, `evaluate` and `serve`; knows nothing of them, of tasks, or of files on disk.
 """
@@ -9,8 +9,15 @@ from luthier.core.lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "Completion": "luthier.engine.requests",
+        "Constraint": "luthier.engine.requests",
+        "Engine": "luthier.engine.serving",
+        "Event": "luthier.engine.jobs",
         "Generation": "luthier.engine.generation",
+        "Handle": "luthier.engine.jobs",
+        "Limits": "luthier.engine.scheduler",
         "LossReport": "luthier.engine.score",
+        "Sampling": "luthier.engine.requests",
         "answer_loss": "luthier.engine.score",
         "answer_loss_plain": "luthier.engine.score",
         "generate": "luthier.engine.generation",

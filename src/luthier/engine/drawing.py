@@ -143,8 +143,8 @@ def draw_plain(logits_V: "Tensor", row: RowDraw, seen: Sequence[int], made: Sequ
     if asked.logprobs is None:
         return Drawn(token)
     logprobs_V = logits_V.log_softmax(-1)
-    likeliest = logprobs_V.sort(descending=True)
-    pairs = zip(likeliest.indices[: asked.logprobs].tolist(), likeliest.values[: asked.logprobs].tolist(), strict=True)
+    values_V, ids_V = logprobs_V.sort(descending=True)
+    pairs = zip(ids_V[: asked.logprobs].tolist(), values_V[: asked.logprobs].tolist(), strict=True)
     return Drawn(token, float(logprobs_V[token]), tuple(pairs))
 
 

@@ -16,11 +16,11 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Constraint(Settings):
     """The form an answer must have; exactly one of these."""
 
-    json_schema: dict[str, Any] | None = Field(None, description="a JSON document that this schema accepts")
-    json_object: Literal[True] | None = Field(None, description="any JSON object")
-    regex: str | None = Field(None, description="a text that this regular expression matches whole")
-    choice: tuple[str, ...] | None = Field(None, description="one of these texts")
-    grammar: str | None = Field(None, description="a text of this grammar, in Lark's notation")
+    json_schema: dict[str, Any] | None = Field(default=None, description="a JSON document that this schema accepts")
+    json_object: Literal[True] | None = Field(default=None, description="any JSON object")
+    regex: str | None = Field(default=None, description="a text that this regular expression matches whole")
+    choice: tuple[str, ...] | None = Field(default=None, description="one of these texts")
+    grammar: str | None = Field(default=None, description="a text of this grammar, in Lark's notation")
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
@@ -35,20 +35,22 @@ class Constraint(Settings):
 class Sampling(Settings):
     """How an answer is drawn and when it ends. The defaults are greedy and change no logit."""
 
-    max_new_tokens: int = Field(128, ge=1, description="the answer is cut off after so many tokens")
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: the likeliest token each time")
-    top_p: float = Field(1.0, gt=0, le=1, description="only the likeliest tokens whose probabilities add up to this")
-    top_k: int = Field(0, ge=0, description="only so many of the likeliest tokens; 0: all")
-    min_p: float = Field(0.0, ge=0, le=1, description="only tokens at least so likely as this share of the likeliest one")
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="logits of tokens seen are divided by it")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="taken off the logit of a token that the answer has")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="taken off for each time the answer has it")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="repeats the draw, alone or in company")
-    stop: tuple[str, ...] = Field((), description="texts that end the answer, which comes without them")
-    stop_token_ids: tuple[int, ...] = Field((), description="tokens that end the answer, beside the model's own")
-    ignore_eos: bool = Field(False, description="go on after the model's own stop tokens")
-    logprobs: int | None = Field(None, ge=0, le=50, description="log-probabilities of the tokens and of so many others")
-    constraint: Constraint | None = Field(None, description="the form the answer must have")
+    max_new_tokens: int = Field(default=128, ge=1, description="the answer is cut off after so many tokens")
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="0: the likeliest token each time")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="only the likeliest tokens whose probabilities add up to this")
+    top_k: int = Field(default=0, ge=0, description="only so many of the likeliest tokens; 0: all")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="only tokens at least so likely as this share of the likeliest one")
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="logits of tokens seen are divided by it"
+    )
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="taken off the logit of a token that the answer has")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="taken off for each time the answer has it")
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="repeats the draw, alone or in company")
+    stop: tuple[str, ...] = Field(default=(), description="texts that end the answer, which comes without them")
+    stop_token_ids: tuple[int, ...] = Field(default=(), description="tokens that end the answer, beside the model's own")
+    ignore_eos: bool = Field(default=False, description="go on after the model's own stop tokens")
+    logprobs: int | None = Field(default=None, ge=0, le=50, description="log-probabilities of the tokens and of so many others")
+    constraint: Constraint | None = Field(default=None, description="the form the answer must have")
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:

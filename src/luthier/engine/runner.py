@@ -6,7 +6,7 @@ Decides nothing: the scheduler says who runs, the engine which adapters are acti
 Shapes: T rows, I hidden width, V vocabulary, B requests of the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +78,7 @@ class Runner:
         self._running: dict[str, _Running] = {}
 
     @torch.inference_mode()
-    def activate(self, key: str, rank: int, pairs: "dict[str, PairLike]") -> None:
+    def activate(self, key: str, rank: int, pairs: Mapping[str, PairLike]) -> None:
         """Make room for an adapter in the batch."""
         self.stacks.activate(key, rank, pairs)
 

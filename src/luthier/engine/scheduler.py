@@ -31,18 +31,22 @@ LOOK = 4
 class Limits(Settings):
     """What the engine may have in hand at a time."""
 
-    max_rows: int = Field(32, ge=1, description="requests that run at a time")
-    prefill_tokens: int = Field(512, ge=1, description="prompt tokens that are read in one step")
+    max_rows: int = Field(default=32, ge=1, description="requests that run at a time")
+    prefill_tokens: int = Field(default=512, ge=1, description="prompt tokens that are read in one step")
     kv_tokens: int = Field(ge=1, description="tokens of all running requests, prompts and whole answers together")
-    max_request_tokens: int | None = Field(None, ge=1, description="tokens of one request: the model's room; None: kv_tokens")
-    max_active_adapters: int = Field(8, ge=1, description="different adapters in one step")
-    max_queue: int = Field(1024, ge=1, description="requests that wait")
-    max_queue_per_tenant: int | None = Field(None, ge=1, description="requests of one tenant that wait; None: max_queue")
-    max_wait_seconds: float = Field(10.0, gt=0, allow_inf_nan=False, description="who got nothing for so long goes first")
-    max_active_seconds: float = Field(
-        2.0, ge=0, allow_inf_nan=False, description="after so long an adapter makes way for others that wait for a place"
+    max_request_tokens: int | None = Field(
+        default=None, ge=1, description="tokens of one request: the model's room; None: kv_tokens"
     )
-    output_weight: float = Field(2.0, ge=0, allow_inf_nan=False, description="what a token of an answer counts, of a prompt 1")
+    max_active_adapters: int = Field(default=8, ge=1, description="different adapters in one step")
+    max_queue: int = Field(default=1024, ge=1, description="requests that wait")
+    max_queue_per_tenant: int | None = Field(default=None, ge=1, description="requests of one tenant that wait; None: max_queue")
+    max_wait_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="who got nothing for so long goes first")
+    max_active_seconds: float = Field(
+        default=2.0, ge=0, allow_inf_nan=False, description="after so long an adapter makes way for others that wait for a place"
+    )
+    output_weight: float = Field(
+        default=2.0, ge=0, allow_inf_nan=False, description="what a token of an answer counts, of a prompt 1"
+    )
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,20 @@ class Scheduler:
 
     # --- what callers report ---------------------------------------------------------------------------------
 
-    def add(self, ticket: Ticket) -> None:
-        """Let a request wait. Raises RequestError if it can never run, QueueFullError if too many wait already."""
+    def check(self, ticket: Ticket) -> None:
+        """Raise RequestError if a request can never run."""
         faults = self._faults(ticket)
         if faults:
             raise RequestError(f"request '{ticket.id}' cannot be served:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    def add(self, ticket: Ticket) -> None:
+        """Let a request wait. Raises RequestError if it can never run, QueueFullError if too many wait already."""
+        self.check(ticket)
         self._now = max(self._now, ticket.arrived)
         known = self._tenants.get(ticket.tenant)
         of_tenant, limit = known.waiting if known else 0, self.limits.max_queue_per_tenant

@@ -1,0 +1,141 @@
+"""What the engine serves: a runner for the base, the store of adapters read for it, and how an adapter becomes active.
+
+An adapter whose pairs can be added to rows of a batch is; one that changes more is merged into a copy of the base, which is then
+a decoder of its own; on an architecture that is not known each is attached to the live model. Never decides who runs.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from luthier.core.errors import AdapterStateError
+from luthier.engine.adapters import AdapterWeights, ServedBase
+from luthier.engine.building import decoder_for
+from luthier.engine.decoder import Decoder
+from luthier.engine.fallback import FallbackRunner
+from luthier.engine.layouts import UnknownLayoutError
+from luthier.engine.requests import Mix
+from luthier.engine.runner import Runner
+from luthier.engine.store import AdapterStore, RegisteredSource
+from luthier.formats.adapters import load_adapter
+from luthier.formats.merged import save_merged
+
+log = logging.getLogger(__name__)
+
+
+class Host:
+    """A base model and its adapters, ready for the engine's steps.
+
+    `reload` gives the base anew where an adapter has to be merged; without it such adapters are refused. `slow_because` says
+    why the model is served by its own forward, if it is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        adapter_bytes: int,
+        prefix_bytes: int,
+        registry: Any = None,
+        reload: Callable[[], Any] | None = None,
+    ):
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings
+        config = model.config.get_text_config()
+        self.longest: int | None = getattr(config, "max_position_embeddings", None)
+        self.eos_ids = _eos_ids(model)
+        self.slow_because: str | None = None
+        self.runner: Runner | FallbackRunner
+        self._registry, self._reload = registry, reload
+        try:
+            decoder = decoder_for(model)
+        except UnknownLayoutError as reason:
+            self.slow_because = str(reason)
+            log.warning("requests run one by one through the model's own forward: %s", reason)
+            base = ServedBase.of(model, places=())  # nothing is batched, so every adapter comes with its folder
+            self.runner = FallbackRunner(model)
+        else:
+            places = [path for projection in decoder.projections for path in projection.paths]
+            base = replace(ServedBase.of(model, places=places), weight=decoder.weight)
+            self.runner = Runner(decoder, prefix_bytes=prefix_bytes)
+        self.store = AdapterStore(base, adapter_bytes)
+
+    def add(self, name: str, source: Any) -> None:
+        """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS."""
+        if isinstance(source, str | Path):
+            folder = Path(source)
+            inner = folder / "adapter"
+            if not folder.exists() and self._registry is not None:
+                source = RegisteredSource(self._registry, str(source))
+            else:
+                source = inner if inner.is_dir() else folder
+        self.store.add(name, source)
+
+    def prepare(self, weights: AdapterWeights) -> Decoder | None:
+        """Return the decoder of an adapter that has to be merged, None for all others. Slow: not for the engine's thread."""
+        if weights.needs_merge is None or isinstance(self.runner, FallbackRunner):
+            return None
+        if self._reload is None:
+            raise AdapterStateError(
+                f"adapter {weights.name!r} has to be merged ({weights.needs_merge}), and this engine has a model from memory: "
+                "make the engine with Engine.load, which can read the base again"
+            )
+        assert weights.folder is not None
+        model = self._reload()
+        load_adapter(model, weights.folder.path, "served")
+        with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
+            path = save_merged(model, Path(folder) / "model")
+            del model
+            return decoder_for(_read(path, self.runner.decoders[""].kept_in))
+
+    def check_mix(self, mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> None:
+        """Raise AdapterStateError for what cannot be served together or at a strength."""
+        for name, strength in mix.items():
+            whole = len(mix) == 1 and strength == 1.0
+            scaled = any(pair.magnitude is not None for pair in weights[name].pairs.values())
+            if not whole and (scaled or weights[name].needs_merge) and self.slow_because is None:
+                kind = "is a DoRA adapter" if scaled else f"has to be merged ({weights[name].needs_merge})"
+                raise AdapterStateError(f"adapter {name!r} {kind}, so it is served alone and at strength 1 only")
+
+    def activate(self, weights: AdapterWeights, merged: Decoder | None) -> None:
+        """Let rows use an adapter from now on."""
+        if isinstance(self.runner, FallbackRunner):
+            assert weights.folder is not None
+            self.runner.activate_folder(weights.key, weights.folder.path)
+        elif merged is not None:
+            self.runner.activate_merged(weights.key, merged)
+        else:
+            self.runner.activate(weights.key, weights.rank, weights.pairs)
+
+    def close(self) -> None:
+        """End the store's workers."""
+        self.store.close()
+
+
+def mix_of(adapter: str | Mapping[str, float] | None) -> dict[str, float]:
+    """Return adapters with their strengths: of one name, of several, or of None, the base."""
+    if adapter is None:
+        return {}
+    return {adapter: 1.0} if isinstance(adapter, str) else {name: float(strength) for name, strength in adapter.items()}
+
+
+def keyed(mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> Mix:
+    """Return a mix by content; names of one content add up, and what an adapter gives at strength 0 is left out."""
+    summed: dict[str, float] = {}
+    for name, strength in mix.items():
+        summed[weights[name].key] = summed.get(weights[name].key, 0.0) + strength
+    return tuple(sorted((key, strength) for key, strength in summed.items() if strength))
+
+
+def _read(path: Path, dtype: Any) -> Any:
+    from luthier.models import load_model
+
+    return load_model(str(path), dtype=str(dtype).removeprefix("torch."), device="cpu").model
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    return frozenset(map(int, ids))

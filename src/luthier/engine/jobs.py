@@ -1,0 +1,131 @@
+"""A request on its way through the engine: what its caller holds, and what the engine carries along."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from luthier.engine.drawing import RowDraw
+from luthier.engine.requests import Completion, FinishReason, Mix, Sampling, TokenLogprob
+from luthier.engine.text import TextStream
+
+if TYPE_CHECKING:
+    from luthier.engine.adapters import AdapterWeights
+
+
+@dataclass(frozen=True)
+class Event:
+    """What came since the last event: text (perhaps none yet), tokens, and with the last one the whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    completion: Completion | None = None
+
+
+class Handle:
+    """A request that was taken: iterate over its events, wait for its `result`, or `cancel` it.
+
+    With `on_event` events go there, in the engine's thread, and are not kept for iteration.
+    """
+
+    def __init__(self, id: str, cancel: Callable[[str], None], on_event: Callable[[Event], None] | None = None):
+        self.id = id
+        self._cancel, self._on_event = cancel, on_event
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._result: Future[Completion] = Future()
+
+    def __iter__(self) -> Iterator[Event]:
+        """Yield events as they come; the last one holds the completion. Leaving early cancels the request.
+
+        Raises: what the request failed with.
+        """
+        done = False
+        try:
+            while not done:
+                event = self._events.get()
+                done = event.completion is not None
+                if done:
+                    self.result()
+                yield event
+        finally:
+            if not done:
+                self.cancel()
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the whole answer. Raises: what the request failed with, TimeoutError."""
+        return self._result.result(timeout)
+
+    def cancel(self) -> None:
+        """Stop it, wherever it is; what was made until then is its result."""
+        self._cancel(self.id)
+
+    def give(self, event: Event, error: Exception | None = None) -> None:
+        """Pass an event on; with the last one, the result or the error."""
+        if event.completion is not None:
+            if error is not None:
+                self._result.set_exception(error)
+            else:
+                self._result.set_result(event.completion)
+        if self._on_event is not None:
+            self._on_event(event)
+        else:
+            self._events.put(event)
+
+
+@dataclass(eq=False)
+class Job:
+    """What the engine knows of a request. `names` are its adapters with their strengths, `mix` the same by content.
+
+    With `targets` nothing is generated: for each prompt token they name the next one whose log-probability is asked for, or -1.
+    """
+
+    handle: Handle
+    prompt: tuple[int, ...]
+    names: dict[str, float]
+    tenant: str
+    sampling: Sampling
+    row: RowDraw
+    text: TextStream | None
+    targets: tuple[int, ...] | None = None
+    mix: Mix = ()
+    futures: "dict[str, Future[AdapterWeights]]" = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    cached: int = 0
+    reached: int = 0
+    is_open: bool = False
+    taken_at: float = field(default_factory=time.monotonic)
+    first_at: float | None = None
+
+    @property
+    def id(self) -> str:
+        """The engine's name for it."""
+        return self.handle.id
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The tokens of the prompt whose beginning may come from the prefix cache: none whose own log-probability is asked."""
+        if self.targets is None:
+            return self.prompt
+        first = next(place for place, target in enumerate(self.targets) if target >= 0)
+        return self.prompt[: first + 1]
+
+    def completion(self, reason: FinishReason, error: Exception | None = None) -> Completion:
+        """Return the answer as it is now."""
+        now = time.monotonic()
+        return Completion(
+            text="".join(self.said),
+            token_ids=tuple(self.tokens),
+            finish_reason=reason,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self.cached,
+            logprobs=tuple(self.logprobs) if self.sampling.logprobs is not None or self.targets is not None else None,
+            first_token_seconds=None if self.first_at is None else self.first_at - self.taken_at,
+            seconds=now - self.taken_at,
+            error=None if error is None else str(error),
+        )

@@ -1,0 +1,319 @@
+"""Engine: many requests for different adapters over one base, in one batch that they join and leave at any step.
+
+The face of the room: settings and requests are checked here, in the caller's thread; `luthier.engine.loop` runs them. Never
+renders a prompt (token ids come in), knows no HTTP and no tenants' rights.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import cached_property, partial
+from typing import Any, Self
+
+from luthier.core.errors import ConfigError, DataError, QueueFullError
+from luthier.engine.constraints import Constraints
+from luthier.engine.drawing import RowDraw
+from luthier.engine.hosting import Host, mix_of
+from luthier.engine.jobs import Event, Handle, Job
+from luthier.engine.loop import EngineLoop
+from luthier.engine.requests import Completion, Sampling
+from luthier.engine.runner import Runner
+from luthier.engine.scheduler import Limits
+from luthier.engine.text import TextStream
+
+GREEDY = Sampling()
+ONE_TOKEN = Sampling(max_new_tokens=1)
+
+PREFIX_BYTES = 256 * 2**20
+"""Memory for the beginnings of prompts seen before, unless it is said otherwise."""
+
+KV_BYTES = 2**30
+"""Memory for keys and values of running requests, unless `limits` says so in tokens."""
+
+Adapter = str | Mapping[str, float] | None
+"""Which adapters answer: one by name, several with strengths, or None for the base."""
+
+
+class Engine:
+    """Answers requests over one base model until `close`; also a context manager.
+
+    `limits.kv_tokens` bounds the tokens of all running requests, `prefix_bytes` what is kept of prompts seen before (0: nothing),
+    `adapter_bytes` the adapters in memory. A model of an architecture the engine does not know is served by its own forward.
+    `reload` gives the base anew where an adapter has to be merged; without it those are refused.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        adapters: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
+        adapter_bytes: int = 2**30,
+        registry: Any = None,
+        reload: Callable[[], Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self._host = Host(model, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes, registry=registry, reload=reload)
+        self.limits = self._with_room(limits)
+        eos = tokenizer.eos_token_id
+        self._stop_ids = self._host.eos_ids | (frozenset() if eos is None else {int(eos)})
+        self._numbers = itertools.count()
+        for name, source in (adapters or {}).items():
+            self.add_adapter(name, source)
+        self._loop = EngineLoop(self._host, self.limits)
+
+    @cached_property
+    def _constraints(self) -> Constraints:
+        return Constraints(self.tokenizer, self._host.vocabulary, self._stop_ids)
+
+    def _with_room(self, limits: Limits | None) -> Limits:
+        runner, longest = self._host.runner, self._host.longest
+        if limits is None:
+            tokens = KV_BYTES // runner.kv.bytes_per_token() if isinstance(runner, Runner) else 8 * (longest or 4096)
+            limits = Limits(kv_tokens=tokens)
+        known = limits.max_request_tokens
+        return limits if longest is None else limits.changed(max_request_tokens=min(longest, known or longest))
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        adapters: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        prefix_cache: bool = True,
+        adapter_bytes: int = 2**30,
+        registry: Any = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Self:
+        """Load a base by what `load_model` takes, and serve it. Its own weights are let go once they are laid out."""
+        from luthier.models import load_model
+
+        loaded = load_model(model, dtype=dtype, device=device, progress=progress)
+        tokenizer = loaded.tokenizer
+        kept = str(loaded.dtype_choice.dtype).removeprefix("torch.")
+
+        def reload() -> Any:
+            return load_model(model, dtype=kept, device=device).model
+
+        return cls(
+            loaded.model,
+            tokenizer,
+            adapters=adapters,
+            limits=limits,
+            prefix_bytes=PREFIX_BYTES if prefix_cache else 0,
+            adapter_bytes=adapter_bytes,
+            registry=registry,
+            reload=reload,
+        )
+
+    # --- adapters --------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, source: Any) -> None:
+        """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet."""
+        self._host.add(name, source)
+
+    def unload_adapter(self, name: str) -> "Future[None]":
+        """Forget a name: no new request gets it, those that have it finish. Done when its memory has been given back."""
+        keys = [each.key for each in self._host.store.residency().adapters if each.name == name and each.key is not None]
+        done = self._host.store.unload(name)
+        for key in keys:
+            done.add_done_callback(partial(lambda key, _: self._loop.retire(key), key))
+        return done
+
+    # --- requests --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        adapter: Adapter = None,
+        sampling: Sampling = GREEDY,
+        tenant: str = "",
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Handle:
+        """Take a request and return at once. `adapter`: a name, names with strengths, or None for the base.
+
+        `on_event` is called in the engine's thread instead of keeping events for iteration; it must be short.
+        Raises: ConfigError or DataError for what can never run, AdapterStateError for an unknown adapter, QueueFullError.
+        """
+        row = RowDraw(
+            sampling,
+            prompt_ids,
+            stop_ids=self._stop_ids,
+            matcher=None if sampling.constraint is None else self._constraints.matcher(sampling.constraint),
+        )
+        text = TextStream(self.tokenizer, sampling.stop, row.stop_ids)
+        return self._take(Job(self._handle(on_event), tuple(prompt_ids), mix_of(adapter), tenant, sampling, row, text))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapters: Sequence[Adapter] | Adapter = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        *,
+        tenant: str = "",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Answer all prompts, in their order. One adapter and one sampling for all, or one for each."""
+        each_adapter = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str | Mapping) else list(adapters)
+        each_sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if not len(prompts) == len(each_adapter) == len(each_sampling):
+            raise ConfigError(
+                f"{len(prompts)} prompts, {len(each_adapter)} adapters and {len(each_sampling)} samplings do not fit each other"
+            )
+        asked = zip(prompts, each_adapter, each_sampling, strict=True)
+        calls = (partial(self.submit, ids, adapter=name, sampling=how, tenant=tenant) for ids, name, how in asked)
+        return self._results(calls, len(prompts), on_progress)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        adapter: Adapter = None,
+        sampling: Sampling = GREEDY,
+        tenant: str = "",
+    ) -> Iterator[Event]:
+        """Yield the answer to one prompt as it is made; the last event holds the completion. Leaving early cancels it."""
+        return iter(self.submit(prompt_ids, adapter=adapter, sampling=sampling, tenant=tenant))
+
+    async def astream(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        adapter: Adapter = None,
+        sampling: Sampling = GREEDY,
+        tenant: str = "",
+    ) -> AsyncIterator[Event]:
+        """As `stream`, for asyncio: nothing blocks the loop, and a task that is cancelled cancels the request."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def give(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is there to be told
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        handle = self.submit(prompt_ids, adapter=adapter, sampling=sampling, tenant=tenant, on_event=give)
+        done = False
+        try:
+            while not done:
+                event = await events.get()
+                done = event.completion is not None
+                if event.completion is not None and event.completion.finish_reason == "error":
+                    handle.result(0)
+                yield event
+        finally:
+            if not done:
+                handle.cancel()
+
+    async def agenerate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        adapter: Adapter = None,
+        sampling: Sampling = GREEDY,
+        tenant: str = "",
+    ) -> Completion:
+        """Answer one prompt, for asyncio."""
+        async for event in self.astream(prompt_ids, adapter=adapter, sampling=sampling, tenant=tenant):
+            if event.completion is not None:
+                return event.completion
+        raise AssertionError("a stream ends with its completion")
+
+    def score(
+        self,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        adapter: Adapter = None,
+        tenant: str = "",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[float]]:
+        """Return the log-probability (nats) of each token of each continuation; rows are (context, continuation)."""
+
+        def ask(context: Sequence[int], rest: Sequence[int]) -> Handle:
+            if not context or not rest:
+                raise DataError("a row to score needs a context and a continuation; a start token will do for a context")
+            ids = (*context, *rest)
+            targets = (*([-1] * (len(context) - 1)), *rest)
+            job = Job(self._handle(None), ids[:-1], mix_of(adapter), tenant, ONE_TOKEN, RowDraw(ONE_TOKEN), None, targets)
+            return self._take(job, beside=rest[-1])
+
+        completions = self._results((partial(ask, *row) for row in rows), len(rows), on_progress)
+        return [[each.logprob for each in completion.logprobs or ()] for completion in completions]
+
+    def stats(self) -> dict[str, Any]:
+        """Return figures for metrics: what waits and runs, tokens so far, where adapters are, memory of the caches (bytes)."""
+        runner = self._host.runner
+        figures = {**self._loop.snapshot(), "adapters": self._host.store.residency(), "slow_because": self._host.slow_because}
+        if isinstance(runner, Runner):
+            prefix = runner.prefix
+            figures |= {"kv_bytes": runner.kv.bytes, "stacks_bytes": runner.stacks.bytes}
+            figures |= {"prefix_bytes": prefix.bytes if prefix is not None else 0}
+        return figures
+
+    def close(self) -> None:
+        """Stop. What still runs or waits ends as cancelled."""
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # --- taking requests ---------------------------------------------------------------------------------------
+
+    def _handle(self, on_event: Callable[[Event], None] | None) -> Handle:
+        return Handle(f"r{next(self._numbers)}", self._loop.cancel, on_event)
+
+    def _take(self, job: Job, beside: int = 0) -> Handle:
+        faults = []
+        strange = [token for token in (*job.prompt, beside) if not 0 <= token < self._host.vocabulary]
+        if not job.prompt:
+            faults.append("the prompt is empty; give at least one token (a start token will do)")
+        if strange:
+            faults.append(
+                f"token {strange[0]} is not the model's, which knows 0 to {self._host.vocabulary - 1}: another tokenizer?"
+            )
+        faults += [f"the strength of adapter {name!r} is {each}" for name, each in job.names.items() if not math.isfinite(each)]
+        if faults:
+            raise DataError("this request cannot be served:\n  " + "\n  ".join(faults))
+        self._loop.submit(job)
+        return job.handle
+
+    def _results(
+        self, calls: Iterable[Callable[[], Handle]], total: int, on_progress: Callable[[int, int], None] | None
+    ) -> list[Completion]:
+        """Submit all and wait for all; where the queue is full, wait for the oldest first."""
+        handles: list[Handle] = []
+        completions: list[Completion] = []
+
+        def wait() -> None:
+            completions.append(handles[len(completions)].result())
+            if on_progress is not None:
+                on_progress(len(completions), total)
+
+        try:
+            for call in calls:
+                while True:
+                    try:
+                        handles.append(call())
+                        break
+                    except QueueFullError:
+                        if len(completions) == len(handles):
+                            raise
+                        wait()
+            while len(completions) < len(handles):
+                wait()
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return completions
