@@ -83,13 +83,14 @@ def measure(arguments: argparse.Namespace, setting: dict[str, Any]) -> dict[str,
     import torch
 
     from luthier.adapt import attach, fuse
+    from luthier.core.allocator import release_freed_memory
     from luthier.core.config import LoraConfig
     from luthier.data import collate, pack
     from luthier.data.encode import EncodedRow
     from luthier.engine import answer_loss
     from luthier.engine.score import can_take_packed
     from luthier.models import load_model
-    from luthier.train.memory import peak_memory, release_freed_memory, reset_peak_memory, settle_allocator
+    from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
     from luthier.train.run import train  # noqa: F401  (what a training process has loaded)
 
     dtype, checkpointing = setting.get("dtype", "float32"), setting.get("checkpointing", False)

@@ -281,7 +281,8 @@ def figures(answers: list[Any], scenario: Scenario, plan: dict[str, Any], bandwi
     found = {
         "seconds": seconds,
         "tokens_per_s": made / seconds,
-        "tokens_per_cpu_s": made / statistics.median(answer["cpu_seconds"] for answer in answers),
+        # The clock of a process counts in hundredths: a tiny run may take none.
+        "tokens_per_cpu_s": made / max(statistics.median(answer["cpu_seconds"] for answer in answers), 0.01),
         "first_token_p50_s": percentile([row["first_token_seconds"] for row in rows], 0.5),
         "first_token_p95_s": percentile([row["first_token_seconds"] for row in rows], 0.95),
         "latency_p50_s": percentile([row["seconds"] for row in rows], 0.5),

@@ -56,6 +56,10 @@ class Turns(Generic[M]):
             return self.counter(first[0])
         return self.counter(self._last) if self._last is not None else 0.0
 
+    def oldest(self) -> float:
+        """Return since when the one that got nothing for longest has waited; somebody must wait."""
+        return next(iter(self._since.values()))
+
     def overdue(self, before: float) -> M | None:
         """Return who got nothing for longest, if since before that time."""
         if not self._since:

@@ -3,7 +3,8 @@
 1. Every row that decodes is in every step; prompts are read in chunks beside them, a started one before the next.
 2. A request is admitted with all the memory it can need (prompt + answer), so nothing that runs is ever put out again.
 3. The tenant with the lowest counter goes first, in it the mix of adapters with the lowest (input + output_weight * output).
-4. A tenant or mix that got nothing for max_wait_seconds goes before its like, once.
+4. A tenant that got nothing for max_wait_seconds goes before the others, once. So does a mix of a tenant, of those whose tenant
+   is not at the front by its counter one in max_active_seconds: who has many mixes cannot live on their being overdue.
 5. At most max_active_adapters are active; one leaves only when no row uses it and its place is needed.
 6. A request that finds no place in the active set is passed by others, but not by rows of adapters that have run for
    max_active_seconds, unless these come before it by their counters. The bare base needs no place and is never held up by it.
@@ -13,6 +14,7 @@
 10. A step looks at its rows and the heads of a few queues, never at all that wait.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -112,6 +114,7 @@ class _Tenant:
     running: int = 0
     queues: "dict[tuple[str, ...], _Queue]" = field(default_factory=dict)
     turns: "Turns[_Queue]" = field(default_factory=lambda: Turns(lambda queue: queue.counter))
+    rescued: float = -math.inf  # when an overdue mix of it last came in
 
 
 @dataclass(eq=False)
@@ -158,6 +161,8 @@ class Scheduler:
         self._waiting: dict[str, _Queue] = {}
         self._tenants: dict[str, _Tenant] = {}
         self._turns: Turns[_Tenant] = Turns(lambda tenant: tenant.counter)
+        # Tenants by how long their longest waiting mix has got nothing, or by when such a one last came in.
+        self._late: Turns[_Tenant] = Turns(lambda tenant: max(tenant.rescued, tenant.turns.oldest()))
         self._lanes: dict[tuple[str, ...], _Lane] = {}
         self._lanes_of: dict[str, dict[tuple[str, ...], _Lane]] = {}
         self._idle: OrderedDict[_Tenant | _Queue, float] = OrderedDict()
@@ -270,8 +275,12 @@ class Scheduler:
             ticket = self._start(queue)
             new, gone = self._active.take(queue.mix, self._now)
             admitted.append(ticket.id)
-            activated += new
             deactivated += gone
+            for adapter in new:  # one that went out for another a moment ago just stays
+                if adapter in deactivated:
+                    deactivated.remove(adapter)
+                else:
+                    activated.append(adapter)
         step = Step(self._read(), tuple(decode), tuple(admitted), tuple(activated), tuple(deactivated))
         return None if step == Step() else step
 
@@ -311,6 +320,10 @@ class Scheduler:
             yield self._waiting[self._held], True
         before = self._now - self.limits.max_wait_seconds
         late_tenant = self._turns.overdue(before)
+        for tenant in self._late.first(LOOK):
+            late_queue = tenant.turns.overdue(before)
+            if late_queue and tenant.rescued <= self._now - self.limits.max_active_seconds:
+                yield late_queue, True
         for tenant in ([late_tenant] if late_tenant else []) + self._turns.first(LOOK):
             late_queue = tenant.turns.overdue(before)
             if late_queue:
@@ -333,6 +346,8 @@ class Scheduler:
         ticket = queue.head
         queue.running += 1
         queue.tenant.running += 1
+        if queue.tenant.turns.overdue(self._now - self.limits.max_wait_seconds) is queue:
+            queue.tenant.rescued = self._now
         queue.tenant.turns.served(queue, self._now)
         self._turns.served(queue.tenant, self._now)
         self._charge(queue, ticket.prompt_tokens - ticket.cached_tokens)
@@ -390,6 +405,8 @@ class Scheduler:
             self._turns.enter(tenant, self._now)
         queue.counter = max(queue.counter, tenant.turns.floor())
         tenant.turns.enter(queue, self._now)
+        if tenant not in self._late:
+            self._late.enter(tenant, self._now)
         lane.turns.enter(queue, self._now)
 
     def _unqueue(self, id: str) -> None:
@@ -407,6 +424,7 @@ class Scheduler:
             lane.turns.leave(queue)
             if not len(tenant.turns):
                 self._turns.leave(tenant)
+                self._late.leave(tenant)
         if not lane.queues:
             del self._lanes[queue.mix]
             for adapter in queue.mix:

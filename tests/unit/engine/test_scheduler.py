@@ -278,7 +278,7 @@ def test_the_bare_base_is_never_held_up_by_the_active_set() -> None:
     for number in range(100):
         run.add(f"base{number}", prompt=5, new=3)
         run.step()
-    assert all(run.waits[f"base{number}"] == 0.0 for number in range(100))
+    assert all(run.waits[f"base{number}"] < STEP_SECONDS / 2 for number in range(100))
     assert "b0" not in run.waits
     run.drain()
 
