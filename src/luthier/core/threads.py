@@ -14,7 +14,7 @@ def release_thread_pool() -> None:
 
     Each thread that ever multiplied keeps a pool of its own. GNU's OpenMP counts them all, and where they are more than there are
     processors nobody waits by spinning any more: every small product then costs a trip through the kernel. With a pool left
-    in the main thread, a step of 16 rows over 8 adapters (SmolLM2-135M, float32, 2 cores) took 305 ms in the engine's, without 112.
+    in the main thread, a step of 16 rows over 8 adapters (SmolLM2-135M, float32, 2 cores) took 305 ms, without 112.
     """
     for library in _openmp():
         library.omp_pause_resource_all(SOFT)

@@ -17,8 +17,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from luthier.core.allocator import release_freed_memory
-from luthier.core.threads import release_thread_pool
 from luthier.core.errors import AdapterFormatError, AdapterStateError, BlobError, did_you_mean
+from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights, ServedBase, content_key, read_for_serving
 from luthier.formats.folder import AdapterFolder, read_adapter
 
