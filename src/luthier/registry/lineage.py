@@ -101,18 +101,14 @@ def descendants(session: Session, ids: Iterable[int]) -> list[Found]:
 
 def ancestors(session: Session, version_id: int) -> list[Found]:
     """Return all versions that this one was made of; `is_direct` says which are its own parents."""
-    family = _walk(
-        select(AdapterVersion.id).where(AdapterVersion.id == version_id), AdapterParent.child_id, AdapterParent.parent_id
-    )
+    family = _family(version_id)
     parents = set(session.scalars(select(AdapterParent.parent_id).where(AdapterParent.child_id == version_id)))
     return _versions(session, select(family.c.id).where(family.c.id != version_id), parents)
 
 
 def data_seen(session: Session, version_id: int) -> list[FoundData]:
     """Return the data that a version learned from, itself or by its parents, and what that data was made of."""
-    family = _walk(
-        select(AdapterVersion.id).where(AdapterVersion.id == version_id), AdapterParent.child_id, AdapterParent.parent_id
-    )
+    family = _family(version_id)
     read = select(AdapterDataset.dataset_version_id).join(family, family.c.id == AdapterDataset.version_id)
     return _data(session, _walk(read, DatasetParent.child_id, DatasetParent.parent_id))
 
@@ -124,6 +120,7 @@ def _walk(start: Select[Any], here: Any, there: Any) -> CTE:
 
 
 def _family(version_id: int) -> CTE:
+    """A version and all that it was made of."""
     one = select(AdapterVersion.id).where(AdapterVersion.id == version_id)
     return _walk(one, AdapterParent.child_id, AdapterParent.parent_id)
 
