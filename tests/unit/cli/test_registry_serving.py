@@ -89,7 +89,8 @@ def test_from_a_folder_to_production_and_back(shell: Shell, place: Path) -> None
     assert (served["version"], served["weight_bp"], served["forced_reason"]) == (2, 10_000, None)
     assert shell("production --audience internal")["served"] == []
     assert [one["version"] for one in shell("production --history --surface shop")["served"]] == [1, 2]
-    assert shell("show orders:shop")["version"] == 2
+    shown = shell("show orders:shop")
+    assert (shown["version"], shown["gate"]["verdict"], shown["evaluations"]) == (2, "pass", [])
 
     assert shell(f"hold {second} --reason complaints")["serves"] == ["shop"]
     assert shell("rollback shop --reason complaints")["version"] == first
