@@ -73,7 +73,7 @@ class FallbackRunner:
             logits_TV = self._run(piece)
             if piece.targets is not None:
                 asked = [row for row, target in enumerate(piece.targets) if target >= 0]
-                scores[place] = target_logprobs(logits_TV[asked], [piece.targets[row] for row in asked])
+                scores[place] = target_logprobs(logits_TV[asked], [piece.targets[row] for row in asked]) if asked else []
             if piece.wants_logits:
                 logits.append(logits_TV[-1])
         return Stepped(torch.stack(logits) if logits else torch.empty(0, 0), scores)
