@@ -139,7 +139,7 @@ class Engine:
     ) -> Handle:
         """Take a request and return at once. `adapter`: a name, names with strengths, or None for the base.
 
-        `on_event` is called in the engine's thread instead of keeping events for iteration; it must be short, and its errors cancel.
+        `on_event` is called in the engine's thread instead of keeping events for iteration; it must be short.
         Raises: ConfigError or DataError for what can never run, AdapterStateError for an unknown adapter, QueueFullError.
         """
         row = RowDraw(
