@@ -16,15 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from luthier.core.errors import AdapterStateError
+from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights, ServedBase
 from luthier.engine.building import decoder_for
 from luthier.engine.decoder import Decoder
 from luthier.engine.fallback import FallbackRunner
 from luthier.engine.layouts import UnknownLayoutError
 from luthier.engine.requests import Mix
-from luthier.engine.runner import Runner
+from luthier.engine.runner import BASE, Runner
 from luthier.engine.store import AdapterStore, RegisteredSource
 from luthier.formats.adapters import load_adapter
+from luthier.formats.folder import AdapterFolder
 from luthier.formats.merged import save_merged
 
 log = logging.getLogger(__name__)
@@ -87,12 +89,17 @@ class Host:
                 "make the engine with Engine.load, which can read the base again"
             )
         assert weights.folder is not None
-        model = self._reload()
-        load_adapter(model, weights.folder, "served")
+        try:
+            return self._merged(self._reload(), weights.folder, self.runner.decoders[BASE].kept_in)
+        finally:
+            release_thread_pool()
+
+    def _merged(self, model: Any, adapter: AdapterFolder, dtype: torch.dtype) -> Decoder:
+        load_adapter(model, adapter, "served")
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")
             del model
-            return decoder_for(_read(path, self.runner.decoders[""].kept_in))
+            return decoder_for(_read(path, dtype))
 
     def check_mix(self, mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> None:
         """Raise AdapterStateError for what cannot be served together or at a strength."""
