@@ -135,6 +135,35 @@ def test_serve_many_runs_tiny(root: Path, folder: Path) -> None:
     assert 0 <= result["tenants"]["quiet_share_of_tokens"] <= 1
 
 
+def test_structured_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--limit", "4", "--batch", "2", "--max-new-tokens", "120", "--dtype", "float32", "--threads", "1")
+    result = result_of(root, folder, "structured.py", *size)
+    assert result["n"] == 4 and result["invalid_though_whole"] == []
+    assert result["valid"] >= 4 - result["cut_off"]
+    assert result["ms_per_token_with"] > 0 and len(result["overheads"]) == len(result["overheads_cpu"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "is_valid"),
+    [
+        ('{"intent": "A", "slots": {"x": "1"}}', True),
+        ('{"intent": "A", "slots": {}}', True),
+        ('{"intent": "A", "slots": {"x": "1"}', False),
+        ('{"intent": "C", "slots": {}}', False),
+        ('{"intent": "A"}', False),
+        ('{"intent": "A", "slots": {"z": "1"}}', False),
+        ('{"intent": "A", "slots": {"x": 1}}', False),
+        ('{"intent": "A", "slots": {"x": "%s"}}' % ("a" * 25), False),
+        ('{"intent": "A", "slots": {"x": "", "y": "", "w": ""}}', False),
+        ('{"intent": "A", "slots": {}, "more": 1}', False),
+        ('["A"]', False),
+    ],
+)
+def test_structured_tells_valid_from_invalid(root: Path, text: str, is_valid: bool) -> None:
+    benchmark = runpy.run_path(str(root / "benchmarks/structured.py"))
+    assert benchmark["is_valid"](text, ["A", "B"], ["x", "y", "w"]) is is_valid
+
+
 def test_serve_many_counts_a_share_only_while_both_tenants_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     benchmark = runpy.run_path(str(root / "benchmarks/serve_many.py"))

@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from luthier.core.errors import EngineError, QueueFullError
+from luthier.core.errors import EngineError
 from luthier.engine.adapters import AdapterWeights
 from luthier.engine.decoder import Decoder
 from luthier.engine.drawing import Drawn, draw
@@ -46,6 +46,7 @@ class EngineLoop:
         self._active: set[str] = set()
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="luthier-merging")
         self._is_closed = False
+        self._fault: EngineError | None = None
         self._thread = threading.Thread(target=self._loop, name="luthier-engine", daemon=True)
         self._thread.start()
 
@@ -57,10 +58,11 @@ class EngineLoop:
         with self._lock:
             if self._is_closed:
                 raise EngineError("this engine has been closed")
+            if self._fault is not None:
+                raise self._fault
             self._scheduler.check(ticket)
-            waiting = len(self._loading) + self._scheduler.waiting
-            if waiting >= self.limits.max_queue:
-                raise QueueFullError("the queue", waiting, self.limits.max_queue)
+            loading = list(self._loading.values())
+            self._scheduler.check_queue(job.tenant, len(loading), sum(each.tenant == job.tenant for each in loading))
             self._loading[job.id] = job
         try:
             for name in job.names:
@@ -75,9 +77,9 @@ class EngineLoop:
         """End a job, wherever it is."""
         self._inbox.put(partial(self._cancel, id))
 
-    def retire(self, key: str) -> None:
-        """Take an adapter that nobody uses out of the active set."""
-        self._inbox.put(partial(self._retire, key))
+    def retire(self) -> None:
+        """Take adapters that have no name any more out of the active set."""
+        self._inbox.put(self._retire)
 
     def snapshot(self) -> dict[str, Any]:
         """Return what runs and waits."""
@@ -107,6 +109,19 @@ class EngineLoop:
     # --- in the engine's thread --------------------------------------------------------------------------------
 
     def _loop(self) -> None:
+        try:
+            self._run_until_closed()
+            for job in [*self._jobs.values(), *self._loading.values()]:
+                self._end(job, "cancelled")
+        except Exception as error:
+            log.exception("the engine's thread failed, and all requests with it")
+            fault = EngineError(f"the engine stopped by a fault of its own ({error}); make a new one")
+            with self._lock:
+                self._fault = fault
+            for job in [*self._jobs.values(), *self._loading.values()]:
+                job.handle.give(Event("", (), (), job.completion("error", fault)), fault)
+
+    def _run_until_closed(self) -> None:
         while not self._is_closed:
             while not self._inbox.empty():
                 self._inbox.get()()
@@ -116,14 +131,12 @@ class EngineLoop:
                 self._inbox.get()()
             else:
                 self._run(step)
-        for job in [*self._jobs.values(), *self._loading.values()]:
-            self._end(job, "cancelled")
 
     def _run(self, step: Step) -> None:
         try:
             self._change(step)
             pieces = [Piece(id, (self._jobs[id].tokens[-1],)) for id in step.decode]
-            pieces += [self._piece(chunk) for chunk in step.prefill]
+            pieces += [self._piece(chunk) for chunk in step.prefill if chunk.id in self._jobs]
             stepped = self.host.runner.step(pieces)
             self.counts["steps"] += 1
             jobs = [self._jobs[piece.id] for piece in pieces if piece.wants_logits]
@@ -137,21 +150,30 @@ class EngineLoop:
             self._drawn(job, token)
 
     def _change(self, step: Step) -> None:
+        """Let adapters and requests in and out. A request that finds no memory for itself or its adapter fails alone."""
         for key in step.deactivated:
-            self.host.runner.deactivate(key)
-            self._active.discard(key)
-            self._forget(key)
-        for key in step.activated:
+            if key in self._active:  # otherwise its activation had failed
+                self.host.runner.deactivate(key)
+                self._active.discard(key)
+                self._forget(key)
+        for job in [self._jobs[id] for id in step.admitted]:
+            try:
+                for key, _ in job.mix:
+                    self._activate(key)
+                room = len(job.prompt) + job.sampling.max_new_tokens
+                job.reached = self.host.runner.open(job.id, job.mix, job.shared[: job.cached + 1], room)
+            except Exception as error:
+                log.exception("request %s cannot begin", job.id)
+                self._end(job, "error", error)
+                continue
+            job.is_open, job.cached = True, min(job.cached, job.reached)
+            self.counts["cached_tokens"] += job.reached
+
+    def _activate(self, key: str) -> None:
+        if key not in self._active:
             merged = self._merged.get(key)
             self.host.activate(self._weights[key], merged.result() if merged is not None else None)
             self._active.add(key)
-        for id in step.admitted:
-            job = self._jobs[id]
-            job.reached = self.host.runner.open(
-                id, job.mix, job.shared[: job.cached + 1], len(job.prompt) + job.sampling.max_new_tokens
-            )
-            job.is_open, job.cached = True, min(job.cached, job.reached)
-            self.counts["cached_tokens"] += job.reached
 
     def _piece(self, chunk: Chunk) -> Piece:
         job = self._jobs[chunk.id]
@@ -202,7 +224,8 @@ class EngineLoop:
         ids = dict.fromkeys((*step.decode, *(chunk.id for chunk in step.prefill), *step.admitted))
         log.exception("a step failed, and its %d requests with it", len(ids))
         for id in ids:
-            self._end(self._jobs[id], "error", error)
+            if id in self._jobs:
+                self._end(self._jobs[id], "error", error)
 
     # --- the life of a job ---------------------------------------------------------------------------------------
 
@@ -296,7 +319,9 @@ class EngineLoop:
             for kept in (self._weights, self._merged, self._uses):
                 kept.pop(key, None)
 
-    def _retire(self, key: str) -> None:
-        if self._uses[key] <= 0:
-            with self._lock:
-                self._scheduler.mark_failed(key)
+    def _retire(self) -> None:
+        named = {each.key for each in self.host.store.residency().adapters}
+        for key in self._active:
+            if key not in named and self._uses[key] <= 0:
+                with self._lock:
+                    self._scheduler.mark_failed(key)
