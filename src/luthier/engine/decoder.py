@@ -87,6 +87,11 @@ class Decoder:
         path = name.removesuffix(".weight")
         return self._by_path[path].weight(path)
 
+    @property
+    def embedding(self) -> Tensor:
+        """The table of the tokens (V, I)."""
+        return self._embedding
+
     @cached_property
     def _by_path(self) -> dict[str, _Multiplied]:
         each = [own for forward in self._blocks for own in (forward.qkv, forward.o, forward.gate_up, forward.down)]

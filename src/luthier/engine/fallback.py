@@ -8,7 +8,6 @@ Shapes: T tokens of a piece, V vocabulary, B requests of a step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from luthier.adapt.switching import activate, disabled
 from luthier.engine.requests import Mix
 from luthier.engine.runner import Piece, Stepped, target_logprobs
 from luthier.formats.adapters import load_adapter
+from luthier.formats.folder import AdapterFolder
 
 
 @dataclass
@@ -38,8 +38,8 @@ class FallbackRunner:
         self._running: dict[str, _Running] = {}
         self._attached: set[str] = set()
 
-    def activate_folder(self, key: str, folder: Path) -> None:
-        """Attach an adapter of any kind."""
+    def activate_folder(self, key: str, folder: AdapterFolder) -> None:
+        """Attach an adapter of any kind, as it was read."""
         load_adapter(self.model, folder, _name(key))
         self._attached.add(key)
 

@@ -11,6 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from luthier.core.errors import AdapterStateError
 from luthier.engine.adapters import AdapterWeights, ServedBase
 from luthier.engine.building import decoder_for
@@ -58,7 +62,7 @@ class Host:
             self.runner = FallbackRunner(model)
         else:
             places = [path for projection in decoder.projections for path in projection.paths]
-            base = replace(ServedBase.of(model, places=places), weight=decoder.weight)
+            base = replace(ServedBase.of(model, places=places), weight=_weights_of(model, decoder))
             self.runner = Runner(decoder, prefix_bytes=prefix_bytes)
         self.store = AdapterStore(base, adapter_bytes)
 
@@ -84,7 +88,7 @@ class Host:
             )
         assert weights.folder is not None
         model = self._reload()
-        load_adapter(model, weights.folder.path, "served")
+        load_adapter(model, weights.folder, "served")
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")
             del model
@@ -103,7 +107,7 @@ class Host:
         """Let rows use an adapter from now on."""
         if isinstance(self.runner, FallbackRunner):
             assert weights.folder is not None
-            self.runner.activate_folder(weights.key, weights.folder.path)
+            self.runner.activate_folder(weights.key, weights.folder)
         elif merged is not None:
             self.runner.activate_merged(weights.key, merged)
         else:
@@ -129,10 +133,24 @@ def keyed(mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> Mi
     return tuple(sorted((key, strength) for key, strength in summed.items() if strength))
 
 
-def _read(path: Path, dtype: Any) -> Any:
-    from luthier.models import load_model
+def _weights_of(model: Any, decoder: Decoder) -> Callable[[str], Tensor]:
+    """A way to the base's parameters by name once the model is let go: the decoder has the large ones, and the rest is small."""
+    table = model.get_input_embeddings().weight
+    large = {f"{path}.weight" for projection in decoder.projections for path in projection.paths}
+    (embedding,) = (name for name, parameter in model.named_parameters() if parameter is table)
+    small = {name: each.detach() for name, each in model.named_parameters() if name not in large and name != embedding}
 
-    return load_model(str(path), dtype=str(dtype).removeprefix("torch."), device="cpu").model
+    def weight(name: str) -> Tensor:
+        if name == embedding:
+            return decoder.embedding
+        return small[name] if name in small else decoder.weight(name)
+
+    return weight
+
+
+def _read(path: Path, dtype: torch.dtype) -> Any:
+    """The model as it was just written; without `load_model`, since there is no tokenizer beside it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True).eval()
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

@@ -75,9 +75,9 @@ class EngineLoop:
         """End a job, wherever it is."""
         self._inbox.put(partial(self._cancel, id))
 
-    def retire(self, key: str) -> None:
-        """Take an adapter that nobody uses out of the active set."""
-        self._inbox.put(partial(self._retire, key))
+    def retire(self) -> None:
+        """Take adapters that have no name any more out of the active set."""
+        self._inbox.put(self._retire)
 
     def snapshot(self) -> dict[str, Any]:
         """Return what runs and waits."""
@@ -296,7 +296,9 @@ class EngineLoop:
             for kept in (self._weights, self._merged, self._uses):
                 kept.pop(key, None)
 
-    def _retire(self, key: str) -> None:
-        if self._uses[key] <= 0:
-            with self._lock:
-                self._scheduler.mark_failed(key)
+    def _retire(self) -> None:
+        named = {each.key for each in self.host.store.residency().adapters}
+        for key in self._active:
+            if key not in named and self._uses[key] <= 0:
+                with self._lock:
+                    self._scheduler.mark_failed(key)

@@ -122,10 +122,8 @@ class Engine:
 
     def unload_adapter(self, name: str) -> "Future[None]":
         """Forget a name: no new request gets it, those that have it finish. Done when its memory has been given back."""
-        keys = [each.key for each in self._host.store.residency().adapters if each.name == name and each.key is not None]
         done = self._host.store.unload(name)
-        for key in keys:
-            done.add_done_callback(partial(lambda key, _: self._loop.retire(key), key))
+        done.add_done_callback(lambda _: self._loop.retire())
         return done
 
     # --- requests --------------------------------------------------------------------------------------------
