@@ -1,5 +1,6 @@
 """A request on its way through the engine: what its caller holds, and what the engine carries along."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -13,6 +14,8 @@ from luthier.engine.text import TextStream
 
 if TYPE_CHECKING:
     from luthier.engine.adapters import AdapterWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,13 @@ class Handle:
                 self._result.set_exception(error)
             else:
                 self._result.set_result(event.completion)
-        if self._on_event is not None:
-            self._on_event(event)
-        else:
+        if self._on_event is None:
             self._events.put(event)
+            return
+        try:
+            self._on_event(event)
+        except Exception:  # a caller's mistake must not end the engine, in whose thread this is
+            log.exception("what was to hear of request %s failed", self.id)
 
 
 @dataclass(eq=False)

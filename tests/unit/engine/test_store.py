@@ -35,7 +35,7 @@ Make = Callable[..., nn.Module]
 Folders = Callable[..., Path]
 Stores = Callable[..., AdapterStore]
 PLENTY = 2**30
-LONG = 60.0
+LONG = 300.0
 """Seconds after which a test gives up waiting for what happens at once; nothing depends on its size."""
 
 
