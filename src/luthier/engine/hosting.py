@@ -6,7 +6,8 @@ a decoder of its own; on an architecture that is not known each is attached to t
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,11 @@ class Host:
             self.runner = Runner(decoder, prefix_bytes=prefix_bytes)
         self.store = AdapterStore(base, adapter_bytes)
 
-    def add(self, name: str, source: Any) -> None:
-        """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS."""
+    def add(self, name: str, source: Any) -> "Future[None]":
+        """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS.
+
+        The future tells when what the name meant before is gone.
+        """
         if isinstance(source, str | Path):
             folder = Path(source)
             inner = folder / "adapter"
@@ -77,7 +81,7 @@ class Host:
                 source = RegisteredSource(self._registry, str(source))
             else:
                 source = inner if inner.is_dir() else folder
-        self.store.add(name, source)
+        return self.store.add(name, source)
 
     def prepare(self, weights: AdapterWeights) -> Decoder | None:
         """Return the decoder of an adapter that has to be merged, None for all others. Slow: not for the engine's thread."""
@@ -119,6 +123,15 @@ class Host:
             self.runner.activate_merged(weights.key, merged)
         else:
             self.runner.activate(weights.key, weights.rank, weights.pairs)
+
+    def deactivate(self, key: str) -> None:
+        """Take an adapter out of the batch, or let its merged copy of the base go."""
+        self.runner.deactivate(key)
+
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Drop the beginnings of prompts that were computed with other adapters than these."""
+        if isinstance(self.runner, Runner) and self.runner.prefix is not None:
+            self.runner.prefix.keep_only(keys)
 
     def close(self) -> None:
         """End the store's workers."""

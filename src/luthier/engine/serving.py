@@ -65,7 +65,7 @@ class Engine:
         self._stop_ids = self._host.eos_ids | (frozenset() if eos is None else {int(eos)})
         self._numbers = itertools.count()
         for name, source in (adapters or {}).items():
-            self.add_adapter(name, source)
+            self._host.add(name, source)
         release_thread_pool()
         self._loop = EngineLoop(self._host, self.limits)
 
@@ -119,14 +119,19 @@ class Engine:
     # --- adapters --------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, source: Any) -> None:
-        """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet."""
-        self._host.add(name, source)
+        """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet.
+
+        A name that is known means the new one from now on; the old one goes once those who have it are done.
+        """
+        self._loop.when_drained(self._host.add(name, source))
 
     def unload_adapter(self, name: str) -> "Future[None]":
-        """Forget a name: no new request gets it, those that have it finish. Done when its memory has been given back."""
-        done = self._host.store.unload(name)
-        done.add_done_callback(lambda _: self._loop.retire())
-        return done
+        """Forget a name: no new request gets it, those that have it finish.
+
+        Done when its memory has been given back: of its weights, its place in the batch, and prompts that were read with it.
+        Raises: AdapterStateError for a name that is not known.
+        """
+        return self._loop.when_drained(self._host.store.unload(name))
 
     # --- requests --------------------------------------------------------------------------------------------
 
