@@ -11,17 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from luthier.core.errors import AdapterStateError
+from luthier.core.errors import AdapterStateError, ConfigError
 from luthier.engine.adapters import AdapterWeights, ServedBase
 from luthier.engine.building import decoder_for
 from luthier.engine.decoder import Decoder
 from luthier.engine.fallback import FallbackRunner
 from luthier.engine.layouts import UnknownLayoutError
 from luthier.engine.requests import Mix
-from luthier.engine.runner import Runner
+from luthier.engine.runner import BASE, Runner
 from luthier.engine.store import AdapterStore, RegisteredSource
 from luthier.formats.adapters import load_adapter
 from luthier.formats.merged import save_merged
+from luthier.ops.prepacked import Form
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,10 @@ log = logging.getLogger(__name__)
 class Host:
     """A base model and its adapters, ready for the engine's steps.
 
-    `reload` gives the base anew where an adapter has to be merged; without it such adapters are refused. `slow_because` says
-    why the model is served by its own forward, if it is.
+    `form` is that of the base's weights. Adapters that are merged are served from floats whatever it is: to round weights anew
+    would take away part of what an adapter changed, which is often less than a step. `reload` gives the base anew where an
+    adapter has to be merged; without it such adapters are refused. `slow_because` says why the model is served by its own
+    forward, if it is.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Host:
         *,
         adapter_bytes: int,
         prefix_bytes: int,
+        form: Form = "float",
         registry: Any = None,
         reload: Callable[[], Any] | None = None,
     ):
@@ -50,8 +54,13 @@ class Host:
         self.runner: Runner | FallbackRunner
         self._registry, self._reload = registry, reload
         try:
-            decoder = decoder_for(model)
+            decoder = decoder_for(model, form)
         except UnknownLayoutError as reason:
+            if form != "float":
+                raise ConfigError(
+                    f"form={form!r} is there for models that the engine runs itself, and this one runs through its own forward: "
+                    f"{reason}. Write form='float'; a base that is in 4 bits stays so"
+                ) from reason
             self.slow_because = str(reason)
             log.warning("requests run one by one through the model's own forward: %s", reason)
             base = ServedBase.of(model, places=())  # nothing is batched, so every adapter comes with its folder
@@ -88,7 +97,7 @@ class Host:
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")
             del model
-            return decoder_for(_read(path, self.runner.decoders[""].kept_in))
+            return decoder_for(_read(path, self.runner.decoders[BASE].kept_in).to(self.runner.device))
 
     def check_mix(self, mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> None:
         """Raise AdapterStateError for what cannot be served together or at a strength."""
@@ -130,9 +139,10 @@ def keyed(mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> Mi
 
 
 def _read(path: Path, dtype: Any) -> Any:
-    from luthier.models import load_model
+    """Read a model that was written a moment ago, without a tokenizer."""
+    from transformers import AutoModelForCausalLM
 
-    return load_model(str(path), dtype=str(dtype).removeprefix("torch."), device="cpu").model
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
 
 
 def _eos_ids(model: Any) -> frozenset[int]:
