@@ -86,8 +86,10 @@ class Decoder:
         return [projection for block in self.layout.blocks for projection in block.projections] + [self.layout.head]
 
     def weight(self, name: str) -> Tensor:
-        """Return a parameter of a projection by its name in the base model, dense; raises KeyError for others."""
+        """Return the weight of a projection or the embedding by its name in the base model, dense; raises KeyError for others."""
         path = name.removesuffix(".weight")
+        if path == self.layout.embedding_path:
+            return self._embedding
         return self._by_path[path].weight(path)
 
     @cached_property

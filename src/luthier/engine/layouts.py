@@ -92,6 +92,7 @@ class Layout:
     """A decoder: embedding, blocks, last norm, head. `ropes` gives (cos, sin), each (T, D), for positions (T,)."""
 
     embedding: Tensor
+    embedding_path: str
     embedding_scale: Tensor | None
     blocks: tuple[Block, ...]
     norm: Norm
@@ -128,6 +129,7 @@ def layout_of(model: Any) -> Layout:
     kinds = {block.rope for block in blocks}
     return Layout(
         embedding=embedding.weight,
+        embedding_path=names[embedding],
         embedding_scale=scale,
         blocks=blocks,
         norm=reader.norm(decoder.norm),

@@ -22,16 +22,16 @@ def make(tiny_llama, seed=0):
     return tiny_llama(hidden=64, vocab=410, seed=seed, initializer_range=0.2).eval()
 
 
-def adapter(model, folder, seed, **config):
+def adapter(model, folder, seed, targets=TARGETS, save_embedding_layers=False, **config):
     """A folder of an adapter trained, as its note says, on `model` as it is."""
     model = copy.deepcopy(model)
-    attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **config))
+    attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return save_adapter(model, folder)
+    return save_adapter(model, folder, save_embedding_layers=save_embedding_layers)
 
 
 @torch.inference_mode()
@@ -126,6 +126,16 @@ def test_an_adapter_that_is_merged_is_served_from_floats_in_any_form(tiny_llama,
     wanted = copy.deepcopy(model)
     load_adapter(wanted, folder)
     with Engine.load(str(tmp_path / "base"), dtype="float32", form="int4", adapters={"a": folder}) as engine:
+        [found] = engine.score([(PROMPT[:5], PROMPT[5:])], adapter="a")
+    assert found == pytest.approx(logprobs(wanted, PROMPT[:5], PROMPT[5:]), abs=1e-4)
+
+
+def test_an_adapter_with_a_copy_of_the_bases_own_table_is_served(tiny_llama, tiny_tokenizer, tmp_path):
+    model = make(tiny_llama)
+    folder = adapter(model, tmp_path / "a", 1, targets=[*TARGETS, "embed_tokens"], save_embedding_layers=True)
+    wanted = copy.deepcopy(model)
+    load_adapter(wanted, folder)
+    with Engine(model, tiny_tokenizer, adapters={"a": folder}, reload=lambda: make(tiny_llama)) as engine:
         [found] = engine.score([(PROMPT[:5], PROMPT[5:])], adapter="a")
     assert found == pytest.approx(logprobs(wanted, PROMPT[:5], PROMPT[5:]), abs=1e-4)
 
