@@ -1,8 +1,8 @@
 """What do weights in fewer bits give a single stream, and what do they cost? The engine with float, int8, int4 and NF4 weights.
 
-One engine for each form in one process; in each round each takes its turn: an answer of --tokens tokens to a short prompt, bare and
-with an adapter (r=16 on all linear layers), and a long prompt read. Medians over the rounds; a ratio is the median of the ratios
-inside a round, above 1 where the form is faster than floats. `nats_per_token` is what each finds running text to cost.
+One engine for each form in one process; in each round each takes its turn: an answer of --tokens tokens to a short prompt,
+bare and with an adapter (r=16 on all linear layers), and a long prompt read. Medians over the rounds; a ratio is the median of
+the ratios inside a round, above 1 where the form is faster than floats. `nats_per_token` is what each finds text to cost.
 The last line on stdout is one JSON document.
 """
 

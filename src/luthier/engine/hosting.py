@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from luthier.adapt.packing import has_packed_layers
 from luthier.core.errors import AdapterStateError, ConfigError
 from luthier.engine.adapters import AdapterWeights, ServedBase
 from luthier.engine.building import decoder_for
@@ -56,7 +57,7 @@ class Host:
         try:
             decoder = decoder_for(model, form)
         except UnknownLayoutError as reason:
-            if form != "float":
+            if form != "float" and not (form == "nf4" and has_packed_layers(model)):
                 raise ConfigError(
                     f"form={form!r} is there for models that the engine runs itself, and this one runs through its own forward: "
                     f"{reason}. Write form='float'; a base that is in 4 bits stays so"
@@ -71,7 +72,7 @@ class Host:
             self.runner = Runner(decoder, prefix_bytes=prefix_bytes)
         self.store = AdapterStore(base, adapter_bytes)
 
-    def add(self, name: str, source: Any) -> None:
+    def add(self, name: str, source: Any, *, force: bool = False) -> None:
         """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS."""
         if isinstance(source, str | Path):
             folder = Path(source)
@@ -80,7 +81,7 @@ class Host:
                 source = RegisteredSource(self._registry, str(source))
             else:
                 source = inner if inner.is_dir() else folder
-        self.store.add(name, source)
+        self.store.add(name, source, force=force)
 
     def prepare(self, weights: AdapterWeights) -> Decoder | None:
         """Return the decoder of an adapter that has to be merged, None for all others. Slow: not for the engine's thread."""
@@ -93,7 +94,7 @@ class Host:
             )
         assert weights.folder is not None
         model = self._reload()
-        load_adapter(model, weights.folder.path, "served")
+        load_adapter(model, weights.folder.path, "served", force=weights.is_forced)
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")
             del model
@@ -112,7 +113,7 @@ class Host:
         """Let rows use an adapter from now on."""
         if isinstance(self.runner, FallbackRunner):
             assert weights.folder is not None
-            self.runner.activate_folder(weights.key, weights.folder.path)
+            self.runner.activate_folder(weights.key, weights.folder.path, force=weights.is_forced)
         elif merged is not None:
             self.runner.activate_merged(weights.key, merged)
         else:

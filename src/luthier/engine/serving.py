@@ -23,6 +23,7 @@ from luthier.engine.requests import Completion, Sampling
 from luthier.engine.runner import Runner
 from luthier.engine.scheduler import Limits
 from luthier.engine.text import TextStream
+from luthier.formats.fingerprint import Comparison
 from luthier.ops.prepacked import known_form
 
 GREEDY = Sampling()
@@ -135,9 +136,21 @@ class Engine:
 
     # --- adapters --------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, source: Any) -> None:
-        """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet."""
-        self._host.add(name, source)
+    def add_adapter(self, name: str, source: Any, *, force: bool = False) -> None:
+        """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet.
+
+        With `force` it is taken although it was trained on another base.
+        """
+        self._host.add(name, source, force=force)
+
+    def check_adapter(self, name: str) -> Comparison:
+        """Read an adapter now, not with its first request, and return how the base compares with the one it was trained on.
+
+        Raises: AdapterFormatError, AdapterMismatchError, BaseMismatchError, AdapterStateError.
+        """
+        weights = self._host.store.acquire(name).result()
+        self._host.store.release(weights.key)
+        return weights.base
 
     def unload_adapter(self, name: str) -> "Future[None]":
         """Forget a name: no new request gets it, those that have it finish. Done when its memory has been given back."""

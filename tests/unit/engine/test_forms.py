@@ -11,6 +11,7 @@ from luthier.core.errors import BaseMismatchError, ConfigError
 from luthier.engine import Engine, Sampling
 from luthier.engine.building import decoder_for
 from luthier.engine.runner import Piece, Runner
+from luthier.formats.fingerprint import Verdict
 
 LIMIT = {"float": 1e-5, "nf4": 1e-5, "int8": 2e-2, "int4": 3e-2}
 """Relative, in norm: products of int8 (few rows) and int4 are in bfloat16."""
@@ -116,6 +117,20 @@ def test_a_4_bit_base_takes_no_adapter_of_another_one(tiny_llama, tiny_tokenizer
     refused = pytest.raises(BaseMismatchError, match="trained on another base")
     with Engine(base, tiny_tokenizer, form="nf4", adapters={"a": folder}) as engine, refused:
         engine.generate([PROMPT], "a")
+
+
+def test_an_adapter_of_another_base_is_served_where_it_is_forced_and_only_under_that_name(tiny_llama, tiny_tokenizer, tmp_path):
+    base = make(tiny_llama)
+    folder = adapter(make(tiny_llama, seed=5), tmp_path / "a", 1)
+    wanted = copy.deepcopy(base)
+    load_adapter(wanted, folder, force=True)
+    with Engine(base, tiny_tokenizer, adapters={"as it is": folder}) as engine:
+        engine.add_adapter("forced", folder, force=True)
+        assert engine.check_adapter("forced").verdict is Verdict.MISMATCH
+        with pytest.raises(BaseMismatchError, match="trained on another base"):
+            engine.check_adapter("as it is")
+        [found] = engine.score([(PROMPT[:5], PROMPT[5:])], adapter="forced")
+    assert found == pytest.approx(logprobs(wanted, PROMPT[:5], PROMPT[5:]), abs=1e-4)
 
 
 def test_an_adapter_that_is_merged_is_served_from_floats_in_any_form(tiny_llama, tiny_tokenizer, tmp_path):
