@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier.adapt.packing import has_packed_layers
 from luthier.core.errors import AdapterStateError, ConfigError
+from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights, ServedBase
 from luthier.engine.building import decoder_for
 from luthier.engine.decoder import Decoder
@@ -93,7 +94,13 @@ class Host:
                 "make the engine with Engine.load, which can read the base again"
             )
         assert weights.folder is not None
-        model = self._reload()
+        try:
+            return self._merged(self._reload(), weights)
+        finally:
+            release_thread_pool()
+
+    def _merged(self, model: Any, weights: AdapterWeights) -> Decoder:
+        assert weights.folder is not None and isinstance(self.runner, Runner)
         load_adapter(model, weights.folder.path, "served", force=weights.is_forced)
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from typing import Any, Self
 
 from luthier.core.errors import ConfigError, DataError, QueueFullError
+from luthier.core.threads import release_thread_pool
 from luthier.engine.constraints import Constraints
 from luthier.engine.drawing import RowDraw
 from luthier.engine.hosting import Host, mix_of
@@ -77,6 +78,7 @@ class Engine:
         self._numbers = itertools.count()
         for name, source in (adapters or {}).items():
             self.add_adapter(name, source)
+        release_thread_pool()
         self._loop = EngineLoop(self._host, self.limits)
 
     @cached_property
@@ -317,6 +319,7 @@ class Engine:
         faults += [f"the strength of adapter {name!r} is {each}" for name, each in job.names.items() if not math.isfinite(each)]
         if faults:
             raise DataError("this request cannot be served:\n  " + "\n  ".join(faults))
+        release_thread_pool()  # the caller may have multiplied a moment ago; from here on the engine's thread does
         self._loop.submit(job)
         return job.handle
 

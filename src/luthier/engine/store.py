@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from luthier.core.allocator import release_freed_memory
 from luthier.core.errors import AdapterFormatError, AdapterStateError, BlobError, did_you_mean
+from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights, ServedBase, content_key, read_for_serving
 from luthier.formats.folder import AdapterFolder, read_adapter
 
@@ -221,6 +222,8 @@ class AdapterStore:
             return self._read(named), None
         except Exception as error:  # whatever it is, somebody waits for the answer
             return None, error
+        finally:
+            release_thread_pool()
 
     def _read(self, named: _Name) -> AdapterWeights:
         folder = named.source()
