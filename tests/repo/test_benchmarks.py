@@ -54,6 +54,14 @@ def test_snips_runs_tiny(root: Path, folder: Path) -> None:
     assert result["base"]["n"] == result["adapter"]["n"] == 4
 
 
+def test_weight_forms_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--rounds", "1", "--tokens", "3", "--long", "20", "--texts", "1", "--dtype", "float32")
+    result = result_of(root, folder, "weight_forms.py", *size)
+    assert set(result["forms"]) == {"float", "int8", "int4", "nf4"}
+    for row in result["forms"].values():
+        assert row["nats_per_token"] == pytest.approx(result["forms"]["float"]["nats_per_token"], abs=0.5)
+
+
 def test_gate_simulation_runs_tiny(root: Path, folder: Path) -> None:
     result = result_of(root, folder, "gate_simulation.py", "--trials", "4", "--items", "60")["found"]
     kinds = {

@@ -24,6 +24,8 @@ from luthier.engine.requests import Completion, Sampling
 from luthier.engine.runner import Runner
 from luthier.engine.scheduler import Limits
 from luthier.engine.text import TextStream
+from luthier.formats.fingerprint import Comparison
+from luthier.ops.prepacked import known_form
 
 GREEDY = Sampling()
 ONE_TOKEN = Sampling(max_new_tokens=1)
@@ -43,7 +45,9 @@ class Engine:
 
     `limits.kv_tokens` bounds the tokens of all running requests, `prefix_bytes` what is kept of prompts seen before (0: nothing),
     `adapter_bytes` the adapters in memory. A model of an architecture the engine does not know is served by its own forward.
-    `reload` gives the base anew where an adapter has to be merged; without it those are refused.
+    `form` is that of the base's weights: "float", "int8", "int4" or "nf4" (docs/engine.md). `reload` gives the base anew where
+    an adapter has to be merged; without it those are refused.
+    Raises: ConfigError for a form that is not known, or that this model cannot have.
     """
 
     def __init__(
@@ -53,13 +57,21 @@ class Engine:
         *,
         adapters: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        form: str = "float",
         prefix_bytes: int = PREFIX_BYTES,
         adapter_bytes: int = 2**30,
         registry: Any = None,
         reload: Callable[[], Any] | None = None,
     ):
         self.tokenizer = tokenizer
-        self._host = Host(model, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes, registry=registry, reload=reload)
+        self._host = Host(
+            model,
+            adapter_bytes=adapter_bytes,
+            prefix_bytes=prefix_bytes,
+            form=known_form(form),
+            registry=registry,
+            reload=reload,
+        )
         self.limits = self._with_room(limits)
         eos = tokenizer.eos_token_id
         self._stop_ids = self._host.eos_ids | (frozenset() if eos is None else {int(eos)})
@@ -88,6 +100,8 @@ class Engine:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        quantize: str = "none",
+        form: str = "float",
         adapters: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         prefix_cache: bool = True,
@@ -95,21 +109,27 @@ class Engine:
         registry: Any = None,
         progress: Callable[[str], None] | None = None,
     ) -> Self:
-        """Load a base by what `load_model` takes, and serve it. Its own weights are let go once they are laid out."""
+        """Load a base by what `load_model` takes, and serve it. Its own weights are let go once they are laid out.
+
+        `quantize` says which base it is (what adapters were trained on), `form` how its weights are held: with quantize "nf4",
+        form "nf4" keeps those very codes and "float" widens them once. Raises: what `load_model` and the engine raise.
+        """
         from luthier.models import load_model
 
-        loaded = load_model(model, dtype=dtype, device=device, progress=progress)
+        form = known_form(form)
+        loaded = load_model(model, dtype=dtype, device=device, quantize=quantize, progress=progress)
         tokenizer = loaded.tokenizer
         kept = str(loaded.dtype_choice.dtype).removeprefix("torch.")
 
         def reload() -> Any:
-            return load_model(model, dtype=kept, device=device).model
+            return load_model(model, dtype=kept, device=device, quantize=quantize).model
 
         return cls(
             loaded.model,
             tokenizer,
             adapters=adapters,
             limits=limits,
+            form=form,
             prefix_bytes=PREFIX_BYTES if prefix_cache else 0,
             adapter_bytes=adapter_bytes,
             registry=registry,
@@ -118,12 +138,22 @@ class Engine:
 
     # --- adapters --------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, source: Any) -> None:
+    def add_adapter(self, name: str, source: Any, *, force: bool = False) -> None:
         """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet.
 
-        A name that is known means the new one from now on; the old one goes once those who have it are done.
+        A name that is known means the new one from now on; the old one goes once those who have it are done. With `force` it is
+        taken although it was trained on another base.
         """
-        self._loop.when_drained(self._host.add(name, source))
+        self._loop.when_drained(self._host.add(name, source, force=force))
+
+    def check_adapter(self, name: str) -> Comparison:
+        """Read an adapter now, not with its first request, and return how the base compares with the one it was trained on.
+
+        Raises: AdapterFormatError, AdapterMismatchError, BaseMismatchError, AdapterStateError.
+        """
+        weights = self._host.store.acquire(name).result()
+        self._host.store.release(weights.key)
+        return weights.base
 
     def unload_adapter(self, name: str) -> "Future[None]":
         """Forget a name: no new request gets it, those that have it finish.

@@ -96,6 +96,7 @@ class _Name:
 
     name: str
     source: Source
+    force: bool = False
     key: str | None = None
     is_loading: bool = False
     waiting: list[Future[AdapterWeights]] = field(default_factory=list)
@@ -127,13 +128,14 @@ class AdapterStore:
         self._loads, self._load_seconds, self._evictions, self._failures = 0, 0.0, 0, 0
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="luthier-adapters")
 
-    def add(self, name: str, source: str | Path | Source) -> "Future[None]":
+    def add(self, name: str, source: str | Path | Source, *, force: bool = False) -> "Future[None]":
         """Make an adapter known under `name`: a folder, or whatever a Source gives (`RegisteredSource`). Reads nothing yet.
 
-        A name that is known means the new one from now on; what the old one holds goes once nobody uses it. The future is that
-        of `unload` for the old one, done already where there was none.
+        With `force` it is taken although it was trained on another base, as by `load_adapter`. A name that is known means the
+        new one from now on; what the old one holds goes once nobody uses it. The future is that of `unload` for the old one,
+        done already where there was none.
         """
-        named = _Name(name, _folder_source(Path(source)) if isinstance(source, str | Path) else source)
+        named = _Name(name, _folder_source(Path(source)) if isinstance(source, str | Path) else source, force)
         drained: Future[None] = Future()
         with self._lock:
             replaced, self._names[name] = self._names.get(name), named
@@ -246,7 +248,9 @@ class AdapterStore:
             )
         with self._lock:
             resident = self._residents.get(key)
-        return resident.weights if resident is not None else read_for_serving(folder, self.base, named.name)
+        if resident is not None and (named.force or not resident.weights.is_forced):
+            return resident.weights
+        return read_for_serving(folder, self.base, named.name, force=named.force)
 
     def _arrived(self, named: _Name, weights: AdapterWeights | None, error: Exception | None, *, seconds: float) -> None:
         """Put what was read among the residents and give it to those who wait."""
