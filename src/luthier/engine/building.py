@@ -12,6 +12,7 @@ from torch import Tensor
 
 from luthier.engine.decoder import Decoder
 from luthier.engine.layouts import Layout, UnknownLayoutError, layout_of
+from luthier.engine.modes import evaluating
 from luthier.engine.runner import Piece, Runner
 from luthier.ops.prepacked import Form
 from luthier.ops.products import fast_products
@@ -31,7 +32,7 @@ def decoder_for(model: Any, form: Form = "float") -> Decoder:
     Raises: UnknownLayoutError if the architecture is not known, or if the two do not give the same numbers.
     """
     layout = layout_of(model)
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         decoder = Decoder(layout, fast_products(layout.embedding), form)
         with _as_laid_out(layout, decoder, form):
             _compare(model, decoder, TOLERANCE[torch.bfloat16 if form != "float" else decoder.kept_in])
