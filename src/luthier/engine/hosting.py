@@ -118,11 +118,18 @@ class Host:
     def check_mix(self, mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> None:
         """Raise AdapterStateError for what cannot be served together or at a strength."""
         for name, strength in mix.items():
-            whole = len(mix) == 1 and strength == 1.0
-            scaled = any(pair.magnitude is not None for pair in weights[name].pairs.values())
-            if not whole and (scaled or weights[name].needs_merge) and self.slow_because is None:
-                kind = "is a DoRA adapter" if scaled else f"has to be merged ({weights[name].needs_merge})"
-                raise AdapterStateError(f"adapter {name!r} {kind}, so it is served alone and at strength 1 only")
+            reason = self._is_alone(weights[name])
+            if reason is not None and not (len(mix) == 1 and strength == 1.0):
+                raise AdapterStateError(f"adapter {name!r} {reason}, so it is served alone and at strength 1 only")
+
+    def _is_alone(self, weights: AdapterWeights) -> str | None:
+        """Why an adapter can neither be scaled nor share a row with others, if so."""
+        if self.slow_because is not None:  # attached to the live model, where only what replaces modules is in the way
+            replaced = weights.folder.config.modules_to_save if weights.folder is not None else None
+            return f"replaces modules whole ({', '.join(replaced)})" if replaced else None
+        if any(pair.magnitude is not None for pair in weights.pairs.values()):
+            return "is a DoRA adapter"
+        return f"has to be merged ({weights.needs_merge})" if weights.needs_merge else None
 
     def activate(self, weights: AdapterWeights, merged: Decoder | None) -> None:
         """Let rows use an adapter from now on."""
@@ -144,8 +151,10 @@ class Host:
             self.runner.prefix.keep_only(keys)
 
     def close(self) -> None:
-        """End the store's workers."""
+        """End the store's workers; a model that was served by its own forward is as before."""
         self.store.close()
+        if isinstance(self.runner, FallbackRunner):
+            self.runner.leave()
 
 
 def mix_of(adapter: str | Mapping[str, float] | None) -> dict[str, float]:
