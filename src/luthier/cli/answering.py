@@ -95,9 +95,9 @@ def answering(
     with engine:
         for name in folders:
             engine.add_adapter(name, adapter_folder(name), force=force)
-            verdict = engine.check_adapter(name)
-            if verdict.verdict is Verdict.QUANTISED_OF:
-                console.print(f"The base is not bit for bit the adapter's: {verdict.reason}.", style="dim")
+            base_is = engine.check_adapter(name).base
+            if base_is.verdict is Verdict.QUANTISED_OF:
+                console.print(f"The base is not bit for bit the adapter's: {base_is.reason}.", style="dim")
         systems = {each.get("data", {}).get("system") for each in recipes.values()}
         yield Answering(engine, spec, mix, systems.pop() if len(systems) == 1 else None)
 

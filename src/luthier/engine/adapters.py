@@ -98,6 +98,14 @@ class AdapterWeights:
         return self.base.verdict is Verdict.MISMATCH
 
 
+@dataclass(frozen=True)
+class AdapterReport:
+    """How the served base compares with the one an adapter was trained on, and why it has to be merged if it has."""
+
+    base: Comparison
+    needs_merge: str | None
+
+
 def read_for_serving(
     folder: str | Path | AdapterFolder, base: ServedBase, name: str = "", *, force: bool = False
 ) -> AdapterWeights:

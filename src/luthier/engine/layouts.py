@@ -23,6 +23,11 @@ _ONE_PLUS = ("gemma", "gemma2", "gemma3_text")
 """Their norms multiply by 1 + weight, and their embeddings by a constant."""
 
 
+def is_known(model: Any) -> bool:
+    """Whether the engine has a forward for models of this type. Each one is compared with it all the same."""
+    return model.config.model_type in KNOWN
+
+
 class UnknownLayoutError(ModelError):
     """The engine has no forward of its own for this model."""
 
@@ -114,7 +119,7 @@ def layout_of(model: Any) -> Layout:
     Raises: UnknownLayoutError with what stands in the way.
     """
     config = model.config
-    if config.model_type not in KNOWN:
+    if not is_known(model):
         raise UnknownLayoutError(f"model type {config.model_type!r} is not among {', '.join(KNOWN)}")
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from luthier.core.errors import ConfigError, DataError, QueueFullError
 from luthier.core.threads import release_thread_pool
+from luthier.engine.adapters import AdapterReport
 from luthier.engine.constraints import Constraints
 from luthier.engine.drawing import RowDraw
 from luthier.engine.hosting import Host, mix_of
@@ -24,7 +25,6 @@ from luthier.engine.requests import Completion, Sampling
 from luthier.engine.runner import Runner
 from luthier.engine.scheduler import Limits
 from luthier.engine.text import TextStream
-from luthier.formats.fingerprint import Comparison
 from luthier.ops.prepacked import known_form
 
 GREEDY = Sampling()
@@ -136,6 +136,11 @@ class Engine:
             reload=reload,
         )
 
+    @property
+    def slow_because(self) -> str | None:
+        """Why the model is served by its own forward, each request by itself; None where the engine has one for it."""
+        return self._host.slow_because
+
     # --- adapters --------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, source: Any, *, force: bool = False) -> None:
@@ -146,14 +151,14 @@ class Engine:
         """
         self._loop.when_drained(self._host.add(name, source, force=force))
 
-    def check_adapter(self, name: str) -> Comparison:
-        """Read an adapter now, not with its first request, and return how the base compares with the one it was trained on.
+    def check_adapter(self, name: str) -> AdapterReport:
+        """Read an adapter now, not with its first request, and say what is to be known of it here.
 
         Raises: AdapterFormatError, AdapterMismatchError, BaseMismatchError, AdapterStateError.
         """
         weights = self._host.store.acquire(name).result()
         self._host.store.release(weights.key)
-        return weights.base
+        return AdapterReport(weights.base, weights.needs_merge)
 
     def unload_adapter(self, name: str) -> "Future[None]":
         """Forget a name: no new request gets it, those that have it finish.

@@ -95,7 +95,7 @@ def test_an_adapter_of_a_4_bit_base_is_served_on_that_base(form, tiny_llama, tin
     wanted = copy.deepcopy(base)
     load_adapter(wanted, folder)
     with Engine(base, tiny_tokenizer, form=form, adapters={"a": folder}) as engine:
-        assert engine.stats()["slow_because"] is None
+        assert engine.slow_because is None
         for name, model in (("a", wanted), (None, base)):
             [found] = engine.score([(PROMPT[:5], PROMPT[5:])], adapter=name)
             assert found == pytest.approx(logprobs(model, PROMPT[:5], PROMPT[5:]), abs=1e-4)
@@ -126,7 +126,7 @@ def test_an_adapter_of_another_base_is_served_where_it_is_forced_and_only_under_
     load_adapter(wanted, folder, force=True)
     with Engine(base, tiny_tokenizer, adapters={"as it is": folder}) as engine:
         engine.add_adapter("forced", folder, force=True)
-        assert engine.check_adapter("forced").verdict is Verdict.MISMATCH
+        assert engine.check_adapter("forced").base.verdict is Verdict.MISMATCH
         with pytest.raises(BaseMismatchError, match="trained on another base"):
             engine.check_adapter("as it is")
         [found] = engine.score([(PROMPT[:5], PROMPT[5:])], adapter="forced")
