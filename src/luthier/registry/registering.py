@@ -25,7 +25,7 @@ from luthier.formats.note import TENSOR_FILE
 from luthier.registry import audit
 from luthier.registry.columns import DataState, Lifecycle, now
 from luthier.registry.copies import note_copy, run_of
-from luthier.registry.database import add_if_absent, take_lock
+from luthier.registry.database import add_if_absent, take_lock, walking
 from luthier.registry.datasets import ADD_IT, find_content
 from luthier.registry.datasets import find_version as find_data
 from luthier.registry.intake import Intake, examine
@@ -311,10 +311,12 @@ def _all_data(session: Session, lineage: _Lineage) -> set[int]:
     line = select(AdapterVersion.id).where(AdapterVersion.id.in_(parents)).cte(recursive=True)
     line = line.union(select(AdapterParent.parent_id).join(line, AdapterParent.child_id == line.c.id))
     own = {row_id for row_id, _ in lineage.data}
-    own.update(session.scalars(select(AdapterDataset.dataset_version_id).join(line, AdapterDataset.version_id == line.c.id)))
-    made_of = select(DatasetVersion.id).where(DatasetVersion.id.in_(own)).cte(recursive=True)
-    made_of = made_of.union(select(DatasetParent.parent_id).join(made_of, DatasetParent.child_id == made_of.c.id))
-    return set(session.scalars(select(made_of.c.id)))
+    with walking(session):
+        seen = select(AdapterDataset.dataset_version_id).join(line, AdapterDataset.version_id == line.c.id)
+        own.update(session.scalars(seen))
+        made_of = select(DatasetVersion.id).where(DatasetVersion.id.in_(own)).cte(recursive=True)
+        made_of = made_of.union(select(DatasetParent.parent_id).join(made_of, DatasetParent.child_id == made_of.c.id))
+        return set(session.scalars(select(made_of.c.id)))
 
 
 def _known(session: Session, found: Intake, lineage: _Lineage, name: str) -> AdapterVersion | None:
