@@ -43,9 +43,9 @@ class FallbackRunner:
         self._running: dict[str, _Running] = {}
         self._attached: set[str] = set()
 
-    def activate_folder(self, key: str, folder: AdapterFolder) -> None:
+    def activate_folder(self, key: str, folder: AdapterFolder, *, force: bool = False) -> None:
         """Attach an adapter of any kind, as it was read."""
-        load_adapter(self.model, folder, _name(key))
+        load_adapter(self.model, folder, _name(key), force=force)
         self._attached.add(key)
 
     def leave(self) -> None:

@@ -6,7 +6,8 @@ a decoder of its own; on an architecture that is not known each is attached to t
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from luthier.core.errors import AdapterStateError
+from luthier.adapt.packing import has_packed_layers
+from luthier.core.errors import AdapterStateError, ConfigError
 from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights, ServedBase
 from luthier.engine.building import decoder_for
@@ -26,8 +28,8 @@ from luthier.engine.requests import Mix
 from luthier.engine.runner import BASE, Runner
 from luthier.engine.store import AdapterStore, RegisteredSource
 from luthier.formats.adapters import load_adapter
-from luthier.formats.folder import AdapterFolder
 from luthier.formats.merged import save_merged
+from luthier.ops.prepacked import Form
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,10 @@ log = logging.getLogger(__name__)
 class Host:
     """A base model and its adapters, ready for the engine's steps.
 
-    `reload` gives the base anew where an adapter has to be merged; without it such adapters are refused. `slow_because` says
-    why the model is served by its own forward, if it is.
+    `form` is that of the base's weights. Adapters that are merged are served from floats whatever it is: to round weights anew
+    would take away part of what an adapter changed, which is often less than a step. `reload` gives the base anew where an
+    adapter has to be merged; without it such adapters are refused. `slow_because` says why the model is served by its own
+    forward, if it is.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Host:
         *,
         adapter_bytes: int,
         prefix_bytes: int,
+        form: Form = "float",
         registry: Any = None,
         reload: Callable[[], Any] | None = None,
     ):
@@ -56,8 +61,13 @@ class Host:
         self.runner: Runner | FallbackRunner
         self._registry, self._reload = registry, reload
         try:
-            decoder = decoder_for(model)
+            decoder = decoder_for(model, form)
         except UnknownLayoutError as reason:
+            if form != "float" and not (form == "nf4" and has_packed_layers(model)):
+                raise ConfigError(
+                    f"form={form!r} is there for models that the engine runs itself, and this one runs through its own forward: "
+                    f"{reason}. Write form='float'; a base that is in 4 bits stays so"
+                ) from reason
             self.slow_because = str(reason)
             log.warning("requests run one by one through the model's own forward: %s", reason)
             base = ServedBase.of(model, places=())  # nothing is batched, so every adapter comes with its folder
@@ -68,8 +78,11 @@ class Host:
             self.runner = Runner(decoder, prefix_bytes=prefix_bytes)
         self.store = AdapterStore(base, adapter_bytes)
 
-    def add(self, name: str, source: Any) -> None:
-        """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS."""
+    def add(self, name: str, source: Any, *, force: bool = False) -> "Future[None]":
+        """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS.
+
+        The future tells when what the name meant before is gone.
+        """
         if isinstance(source, str | Path):
             folder = Path(source)
             inner = folder / "adapter"
@@ -77,7 +90,7 @@ class Host:
                 source = RegisteredSource(self._registry, str(source))
             else:
                 source = inner if inner.is_dir() else folder
-        self.store.add(name, source)
+        return self.store.add(name, source, force=force)
 
     def prepare(self, weights: AdapterWeights) -> Decoder | None:
         """Return the decoder of an adapter that has to be merged, None for all others. Slow: not for the engine's thread."""
@@ -90,16 +103,17 @@ class Host:
             )
         assert weights.folder is not None
         try:
-            return self._merged(self._reload(), weights.folder, self.runner.decoders[BASE].kept_in)
+            return self._merged(self._reload(), weights)
         finally:
             release_thread_pool()
 
-    def _merged(self, model: Any, adapter: AdapterFolder, dtype: torch.dtype) -> Decoder:
-        load_adapter(model, adapter, "served")
+    def _merged(self, model: Any, weights: AdapterWeights) -> Decoder:
+        assert weights.folder is not None and isinstance(self.runner, Runner)
+        load_adapter(model, weights.folder, "served", force=weights.is_forced)
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")
             del model
-            return decoder_for(_read(path, dtype))
+            return decoder_for(_read(path, self.runner.decoders[BASE].kept_in).to(self.runner.device))
 
     def check_mix(self, mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> None:
         """Raise AdapterStateError for what cannot be served together or at a strength."""
@@ -121,11 +135,20 @@ class Host:
         """Let rows use an adapter from now on."""
         if isinstance(self.runner, FallbackRunner):
             assert weights.folder is not None
-            self.runner.activate_folder(weights.key, weights.folder)
+            self.runner.activate_folder(weights.key, weights.folder, force=weights.is_forced)
         elif merged is not None:
             self.runner.activate_merged(weights.key, merged)
         else:
             self.runner.activate(weights.key, weights.rank, weights.pairs)
+
+    def deactivate(self, key: str) -> None:
+        """Take an adapter out of the batch, or let its merged copy of the base go."""
+        self.runner.deactivate(key)
+
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Drop the beginnings of prompts that were computed with other adapters than these."""
+        if isinstance(self.runner, Runner) and self.runner.prefix is not None:
+            self.runner.prefix.keep_only(keys)
 
     def close(self) -> None:
         """End the store's workers; a model that was served by its own forward is as before."""
@@ -151,17 +174,10 @@ def keyed(mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> Mi
 
 def _weights_of(model: Any, decoder: Decoder) -> Callable[[str], Tensor]:
     """A way to the base's parameters by name once the model is let go: the decoder has the large ones, and the rest is small."""
-    table = model.get_input_embeddings().weight
-    large = {f"{path}.weight" for projection in decoder.projections for path in projection.paths}
-    (embedding,) = (name for name, parameter in model.named_parameters() if parameter is table)
-    small = {name: each.detach() for name, each in model.named_parameters() if name not in large and name != embedding}
-
-    def weight(name: str) -> Tensor:
-        if name == embedding:
-            return decoder.embedding
-        return small[name] if name in small else decoder.weight(name)
-
-    return weight
+    paths = [path for projection in decoder.projections for path in projection.paths]
+    large = {f"{path}.weight" for path in (*paths, decoder.layout.embedding_path)}
+    small = {name: each.detach() for name, each in model.named_parameters() if name not in large}
+    return lambda name: small[name] if name in small else decoder.weight(name)
 
 
 def _read(path: Path, dtype: torch.dtype) -> Any:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Runs jobs until `close`. `submit`, `cancel`, `retire` and `close` may be called from any thread."""
+    """Runs jobs until `close`. `submit`, `cancel`, `when_drained` and `close` may be called from any thread."""
 
     def __init__(self, host: Host, limits: Limits):
         self.host, self.limits = host, limits
@@ -44,6 +44,7 @@ class EngineLoop:
         self._merged: dict[str, Future[Decoder | None]] = {}
         self._uses: Counter[str] = Counter()
         self._active: set[str] = set()
+        self._retiring: list[tuple[set[str], Future[None]]] = []
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="luthier-merging")
         self._is_closed = False
         self._fault: EngineError | None = None
@@ -77,9 +78,11 @@ class EngineLoop:
         """End a job, wherever it is."""
         self._inbox.put(partial(self._cancel, id))
 
-    def retire(self) -> None:
-        """Take adapters that have no name any more out of the active set."""
-        self._inbox.put(self._retire)
+    def when_drained(self, drained: "Future[None]") -> "Future[None]":
+        """Return a future that is done when what left the store has left the engine too."""
+        gone: Future[None] = Future()
+        drained.add_done_callback(lambda _: self._inbox.put(partial(self._retire, gone)))
+        return gone
 
     def snapshot(self) -> dict[str, Any]:
         """Return what runs and waits."""
@@ -96,6 +99,10 @@ class EngineLoop:
         self._thread.join()
         self._merging.shutdown()
         self.host.close()
+        while not self._inbox.empty():  # what came too late is told that this is the end
+            self._inbox.get()()
+        self._active.clear()
+        self._tell_retired()
 
     def _when_done(self, futures: "Iterable[Future[Any]]", call: Callable[[], None]) -> None:
         """Leave `call` in the inbox once all are done; in their order, so that who is first there is first served."""
@@ -127,16 +134,20 @@ class EngineLoop:
                 self._inbox.get()()
             with self._lock:
                 step = self._scheduler.plan(time.monotonic())
+            if step is not None:
+                self._run(step)
+            if self._retiring:
+                self._tell_retired()
             if step is None:
                 self._inbox.get()()
-            else:
-                self._run(step)
 
     def _run(self, step: Step) -> None:
         try:
             self._change(step)
             pieces = [Piece(id, (self._jobs[id].tokens[-1],)) for id in step.decode]
             pieces += [self._piece(chunk) for chunk in step.prefill if chunk.id in self._jobs]
+            if not pieces:  # adapters left, and nothing runs
+                return
             stepped = self.host.runner.step(pieces)
             self.counts["steps"] += 1
             jobs = [self._jobs[piece.id] for piece in pieces if piece.wants_logits]
@@ -153,9 +164,9 @@ class EngineLoop:
         """Let adapters and requests in and out. A request that finds no memory for itself or its adapter fails alone."""
         for key in step.deactivated:
             if key in self._active:  # otherwise its activation had failed
-                self.host.runner.deactivate(key)
-                self._active.discard(key)
-                self._forget(key)
+                self._active.remove(key)
+                self.host.deactivate(key)
+            self._forget(key)
         for job in [self._jobs[id] for id in step.admitted]:
             try:
                 for key, _ in job.mix:
@@ -314,14 +325,26 @@ class EngineLoop:
             self.host.store.release(future.result().key)
 
     def _forget(self, key: str) -> None:
-        """Drop the engine's own hold on an adapter that no job has and that is not active."""
-        if self._uses[key] <= 0 and key not in self._active:
-            for kept in (self._weights, self._merged, self._uses):
-                kept.pop(key, None)
+        """Drop the engine's own hold on an adapter that no job has. A merged copy of the base is needed while it is active."""
+        if self._uses[key] > 0:
+            return
+        del self._uses[key]
+        self._weights.pop(key, None)
+        if key not in self._active:
+            self._merged.pop(key, None)
 
-    def _retire(self) -> None:
-        named = {each.key for each in self.host.store.residency().adapters}
-        for key in self._active:
-            if key not in named and self._uses[key] <= 0:
-                with self._lock:
-                    self._scheduler.mark_failed(key)
+    def _retire(self, gone: "Future[None]") -> None:
+        """Something left the store: whatever has no name any more leaves the active set, and the memory of prompts."""
+        named = {each.key for each in self.host.store.residency().adapters if each.key is not None}
+        self.host.keep_only(named)
+        retiring = {key for key in self._active if key not in named and self._uses[key] <= 0}
+        with self._lock:
+            for key in retiring:
+                self._scheduler.mark_failed(key)
+        self._retiring.append((retiring, gone))
+
+    def _tell_retired(self) -> None:
+        """Tell those whose adapters are out, or were asked for again by another name."""
+        out = [gone for keys, gone in self._retiring if not any(key in self._active and self._uses[key] <= 0 for key in keys)]
+        self._retiring = [(keys, gone) for keys, gone in self._retiring if gone not in out]
+        self.host.store.give_back(out)
