@@ -2,10 +2,10 @@
 
 import copy
 import random
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +138,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run each call in a thread of its own, begun a little apart; return what they gave, in their order."""
-    found = [None] * len(calls)
+    """Run each call in a thread of its own, begun a little apart; return what they gave, in their order, or raise."""
 
-    def run(place):
+    def run(place: int) -> Any:
         time.sleep(0.003 * place)
-        found[place] = calls[place]()
+        return calls[place]()
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, range(len(calls))))

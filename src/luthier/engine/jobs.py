@@ -115,6 +115,11 @@ class Job:
         return self.handle.id
 
     @property
+    def max_new_tokens(self) -> int:
+        """How many tokens it may come to hold beside its prompt."""
+        return self.sampling.max_new_tokens if self.targets is None else 0
+
+    @property
     def shared(self) -> tuple[int, ...]:
         """The tokens of the prompt whose beginning may come from the prefix cache: none whose own log-probability is asked."""
         if self.targets is None:

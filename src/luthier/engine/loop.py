@@ -171,7 +171,7 @@ class EngineLoop:
             try:
                 for key, _ in job.mix:
                     self._activate(key)
-                room = len(job.prompt) + job.sampling.max_new_tokens
+                room = len(job.prompt) + job.max_new_tokens
                 job.reached = self.host.runner.open(job.id, job.mix, job.shared[: job.cached + 1], room)
             except Exception as error:
                 log.exception("request %s cannot begin", job.id)
@@ -279,9 +279,7 @@ class EngineLoop:
             self._end(job, "error", error)
 
     def _ticket(self, job: Job, keys: tuple[str, ...]) -> Ticket:
-        return Ticket(
-            job.id, job.tenant, keys, len(job.prompt), job.sampling.max_new_tokens, job.cached, arrived=time.monotonic()
-        )
+        return Ticket(job.id, job.tenant, keys, len(job.prompt), job.max_new_tokens, job.cached, arrived=time.monotonic())
 
     def _cancel(self, id: str) -> None:
         job = self._jobs.get(id) or self._loading.get(id)

@@ -78,7 +78,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `token_ids` and `text` come without the stop token or stop text; "length" means it was cut off."""
+    """An answer. `text` comes without the stop text, `token_ids` without the stop token; "length" means it was cut off."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -53,7 +53,10 @@ class Limits(Settings):
 
 @dataclass(frozen=True)
 class Ticket:
-    """A request, as the scheduler sees it. `cached_tokens` of the prompt need not be read again."""
+    """A request, as the scheduler sees it. `cached_tokens` of the prompt need not be read again.
+
+    One that only reads its prompt (`max_new_tokens` 0) is finished by its caller after the step with its last chunk.
+    """
 
     id: str
     tenant: str
@@ -379,8 +382,8 @@ class Scheduler:
         faults = []
         if ticket.id in self._waiting or ticket.id in self._prefilling or ticket.id in self._decoding:
             faults.append("another request of this id waits or runs; give each its own")
-        if ticket.prompt_tokens < 1 or ticket.max_new_tokens < 1:
-            faults.append(f"{ticket.prompt_tokens} tokens of prompt and {ticket.max_new_tokens} of answer; needs one of each")
+        if ticket.prompt_tokens < 1 or ticket.max_new_tokens < 0:
+            faults.append(f"{ticket.prompt_tokens} tokens of prompt and {ticket.max_new_tokens} of answer; needs one of a prompt")
         if not 0 <= ticket.cached_tokens < max(ticket.prompt_tokens, 1):
             faults.append(f"{ticket.cached_tokens} of {ticket.prompt_tokens} prompt tokens are cached; one must be left to read")
         if ticket.tokens > room:

@@ -240,6 +240,8 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is there to be told
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        if (constraint := sampling.constraint) is not None:  # read here, not in the loop: the first one takes a second
+            await asyncio.to_thread(lambda: self._constraints.matcher(constraint))
         handle = self.submit(prompt_ids, adapter=adapter, sampling=sampling, tenant=tenant, on_event=give)
         done = False
         try:

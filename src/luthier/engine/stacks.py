@@ -201,7 +201,8 @@ class StepAdapters:
         self.rows = slice(short[0].start, short[-1].stop) if short else slice(0, 0)
         segments = [stacks.segments[key] for run in short for key, _ in run.mix]
         self.columns = slice(min((s.start for s in segments), default=0), max((s.columns.stop for s in segments), default=0))
-        is_one = len({run.mix for run in short}) == 1 and _is_whole(short[0].mix)
+        # Prompts of the base may lie between short rows of an adapter: those rows must not have it.
+        is_one = len({run.mix for run in short}) == 1 and _is_whole(short[0].mix) and self._is_covered(short)
         self.groups = None if is_one or not prefers_groups(stacks.dtype) else self._grouped(short)
         self.mask = None if is_one or self.groups else self._mask(short)
         self._rows_of: dict[int, Tensor] = {}
@@ -264,10 +265,13 @@ class StepAdapters:
                 mask_TR[rows, start : start + segment.width] = weight
         return mask_TR.to(self._stacks.device, self._stacks.dtype)
 
+    def _is_covered(self, short: Sequence[Run]) -> bool:
+        """Whether all rows of `rows` have an adapter."""
+        return sum(run.stop - run.start for run in short) == self.rows.stop - self.rows.start
+
     def _grouped(self, short: Sequence[Run]) -> _Groups | None:
         """The short rows as groups, None where one product under a mask must do: mixes, unlike ranks, too many empty places."""
-        rows = sum(run.stop - run.start for run in short)
-        if not short or rows < self.rows.stop - self.rows.start or not all(_is_whole(run.mix) for run in short):
+        if not short or not self._is_covered(short) or not all(_is_whole(run.mix) for run in short):
             return None
         rank = self._stacks.segments[short[0].mix[0][0]].width
         places = [self._stacks.segments[run.mix[0][0]] for run in short for _ in range(run.start, run.stop)]

@@ -1,5 +1,6 @@
 """Answers of a given form, by models of random weights, which would never find it themselves."""
 
+import asyncio
 import json
 import re
 
@@ -184,6 +185,19 @@ def test_forms_of_all_kinds_share_a_batch_and_are_the_same_alone(scenes):
         together = engine.generate(PROMPTS, names, settings)
         alone = [engine.generate([prompt], name, how)[0] for prompt, name, how in zip(PROMPTS, names, settings, strict=True)]
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+
+
+def test_forms_in_asyncio_are_refused_and_followed_as_elsewhere(build_tiny, byte_tokenizer):
+    def asked(regex):
+        return engine.agenerate([1], sampling=Sampling(max_new_tokens=20, constraint=Constraint(regex=regex)))
+
+    async def all_at_once():
+        return await asyncio.gather(*(asked(regex) for regex in ("[0-9]{3}", "[a-f]{4}", "(ab")), return_exceptions=True)
+
+    with Engine(build_tiny("llama"), byte_tokenizer) as engine:
+        digits, letters, error = asyncio.run(all_at_once())
+    assert re.fullmatch("[0-9]{3}", digits.text) and re.fullmatch("[a-f]{4}", letters.text)
+    assert isinstance(error, ConfigError) and "unclosed group" in str(error)
 
 
 def test_an_answer_that_is_cut_off_says_so(roomy):

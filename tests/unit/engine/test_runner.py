@@ -172,6 +172,21 @@ def test_long_prompts_of_one_adapter_run_together_and_stay_apart():
         assert_same(logits[row], alone(wanted, ids)[-1])
 
 
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "lm_head")])
+def test_a_prompt_of_the_base_between_rows_of_one_adapter_stays_the_base_s(targets):
+    model = random_model(LAYOUTS["llama"])
+    pairs = random_adapter(model, 4, 0, targets)
+    runner = Runner(decoder_for(model))
+    runner.activate("a", 4, pairs)
+    for id, mix in (("decodes", (("a", 1.0),)), ("base", ()), ("reads", (("a", 1.0),))):
+        runner.open(id, mix, [], 20)
+    logits = runner.step([Piece("decodes", [1]), Piece("base", [1, 2, 3]), Piece("reads", [4, 5])]).logits
+    adapted = merged(model, (pairs, 1.0))
+    assert_same(logits[0], alone(adapted, [1])[-1])
+    assert_same(logits[1], alone(model, [1, 2, 3])[-1])
+    assert_same(logits[2], alone(adapted, [4, 5])[-1])
+
+
 def test_an_adapter_on_the_output_layer_counts():
     model = random_model(LAYOUTS["llama"])
     pairs = random_adapter(model, 4, 3, ("lm_head", "v_proj"))

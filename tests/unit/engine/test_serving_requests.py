@@ -329,6 +329,15 @@ def test_scores_are_log_softmax_and_sum_to_log_likelihoods(scenes, build_tiny, n
     assert [sum(each) for each in scores] == pytest.approx(log_likelihoods(model, ROWS), abs=1e-3)
 
 
+def test_a_row_that_fills_the_model_s_room_is_scored_and_a_longer_one_refused(scenes):
+    row = ([1], prompts_of([96], seed=22)[0])  # the last token is scored, not read
+    with scenes().engine() as engine:
+        (found,) = engine.score([row])
+        with pytest.raises(RequestError, match=r"97 tokens of prompt.*there is room for 96"):
+            engine.score([([1, 2], row[1])])
+    assert found == pytest.approx(*plain_scores(scenes().model, [row]), abs=1e-4)
+
+
 def test_scores_of_a_model_of_an_unknown_layout_are_the_same_in_pieces(build_tiny, byte_tokenizer):
     model = build_tiny("gpt2")
     with Engine(model, byte_tokenizer, limits=Limits(kv_tokens=200, prefill_tokens=9)) as engine:
