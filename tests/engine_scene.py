@@ -57,15 +57,19 @@ def with_adapter(model: nn.Module, folder: Path | None) -> nn.Module:
         return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
 
 
-def with_dense_updates(model: nn.Module, mix: Sequence[tuple[Path, float, float]]) -> nn.Module:
-    """Return a copy whose weights hold the sum of strength * scaling * B @ A in float64; mix has (folder, scaling, strength)."""
+def with_dense_updates(model: nn.Module, mix: Sequence[tuple[Path, float, float]], *, transposed: bool = False) -> nn.Module:
+    """Return a copy whose weights hold the sum of strength * scaling * B @ A in float64; mix has (folder, scaling, strength).
+
+    `transposed` for weights (in, out), as GPT-2's are.
+    """
     model = copy.deepcopy(model).double()
     for folder, scaling, strength in mix:
         tensors = load_file(folder / "adapter_model.safetensors")
         for key in (key for key in tensors if key.endswith("lora_A.weight")):
             layer = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
             A, B = tensors[key].double(), tensors[key.replace("lora_A", "lora_B")].double()
-            layer.weight.data += strength * scaling * B @ A
+            delta = strength * scaling * B @ A
+            layer.weight.data += delta.T if transposed else delta
     return model.float()
 
 

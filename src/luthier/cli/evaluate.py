@@ -68,7 +68,7 @@ def evaluate(
             console=console,
         )
         return
-    from luthier.cli.loading import load, recipe_of
+    from luthier.cli.loading import load_served, recipe_of
 
     trained_with = recipe_of(adapter).get("data", {})
     path = data or trained_with.get("eval_path")
@@ -78,6 +78,8 @@ def evaluate(
     from luthier.data.encode import encode
     from luthier.data.messages import to_examples
     from luthier.data.read import read_rows
+    from luthier.evaluate.judgement import judge
+    from luthier.evaluate.report import judgement_report
 
     examples = to_examples(
         read_rows(path, limit=limit).rows,
@@ -85,12 +87,9 @@ def evaluate(
         completion_template=trained_with.get("completion") if completion is None else completion,
         system=trained_with.get("system") if system is None else system,
     )
-    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
-    encoded = encode(examples, loaded.base.tokenizer, max_length=trained_with.get("max_length", 4096))
-    from luthier.evaluate.judgement import judge
-    from luthier.evaluate.report import judgement_report
-
-    with progress_bar(console) as on_progress:
+    where: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "console": console, "force": force}
+    with load_served(model, adapter, rows=batch_rows, **where) as loaded, progress_bar(console) as on_progress:
+        encoded = encode(examples, loaded.base.tokenizer, max_length=trained_with.get("max_length", 4096))
         judgement = judge(
             loaded.base.model,
             loaded.base.tokenizer,
@@ -99,6 +98,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             batch_rows=batch_rows,
             case_folded=case_folded,
+            served=loaded.served,
             on_progress=on_progress,
         )
     console.print(judgement_report(judgement, samples=samples))

@@ -57,20 +57,20 @@ def gate(
         left_out: dict[str, Any] = {}
         if adapter is not None:
             from luthier.cli.judging import check_fits, check_suites, contestants, incumbent_on, put_on, trained_on
-            from luthier.cli.loading import load
+            from luthier.cli.loading import load_served
             from luthier.cli.suites import named_suites
 
             suites = named_suites(suite, limit)
             check_suites(suites, asked, has_incumbent=incumbent is not None)
             left_out = trained_on(adapter, train, suites, console)
             rival = _folder_of(incumbent, registry) if incumbent is not None and current is None else None
-            loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
-            if rival is not None:
-                check_fits(rival, loaded, force=force)
             run = {"batch_tokens": batch_tokens, "console": console}
-            ours, theirs = contestants(adapter, loaded, suites, remember=remember, **run)
-            if rival is not None:
-                current = incumbent_on(rival, put_on(rival, loaded, force=force), suites, name=str(incumbent), **run)
+            with load_served(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force) as loaded:
+                if rival is not None:
+                    check_fits(rival, loaded, force=force)
+                ours, theirs = contestants(adapter, loaded, suites, remember=remember, **run)
+                if rival is not None:
+                    current = incumbent_on(rival, put_on(rival, loaded, force=force), suites, name=str(incumbent), **run)
         else:
             assert candidate is not None and base is not None
             ours, theirs = read_scores(candidate), read_scores(base)

@@ -62,6 +62,7 @@ def incumbent_on(
                 tokenizer,
                 suite,
                 batch_tokens=batch_tokens,
+                served=loaded.served,
                 on_progress=partial(on_progress, f"{suite.name}: incumbent"),
             )
             for suite in suites
@@ -87,11 +88,12 @@ def check_fits(adapter: str | Path, loaded: "Loaded", *, force: bool) -> None:
 
 def put_on(adapter: str | Path, loaded: "Loaded", *, force: bool) -> "Loaded":
     """Put an adapter in the place of the one that is on a loaded base, which is not loaded again."""
-    from luthier.cli.loading import adapter_folder, recipe_of
+    from luthier.cli.loading import adapter_folder, recipe_of, served_on
     from luthier.formats.adapters import swap_adapter
 
     report = swap_adapter(loaded.base.model, adapter_folder(adapter), force=force)
-    return replace(loaded, report=report, recipe=recipe_of(adapter))
+    served = loaded.served and served_on(loaded.served.engine, adapter, "incumbent", force=force)
+    return replace(loaded, report=report, recipe=recipe_of(adapter), served=served)
 
 
 def judged(

@@ -1,6 +1,9 @@
-"""From what a user names (a run, an adapter folder, a model) to a loaded model with its adapter."""
+"""From what a user names (a run, an adapter folder, a model) to a loaded model with its adapter, and an engine beside it."""
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,8 @@ from luthier.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from luthier.engine import Engine
+    from luthier.evaluate.served import Served
     from luthier.formats.adapters import LoadReport
     from luthier.models.load import LoadedModel
 
@@ -22,6 +27,7 @@ class Loaded:
     base: "LoadedModel"
     report: "LoadReport | None" = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    served: "Served | None" = None
 
 
 def adapter_folder(named: str | Path) -> Path:
@@ -52,10 +58,70 @@ def load(
 ) -> Loaded:
     """Load the base model and the adapter. Without `model` it is the base that the adapter names; without `quantize` the base
     is in 4 bits where the adapter was trained so."""
+    base, recipe = _load_base(model, adapter, dtype=dtype, quantize=quantize, console=console)
+    return Loaded(base, _attach(base, adapter, force=force, console=console), recipe)
+
+
+@contextmanager
+def load_served(
+    model: str | None,
+    adapter: str,
+    *,
+    dtype: str,
+    console: "Console",
+    quantize: str | None = None,
+    force: bool = False,
+    rows: int = 32,
+) -> "Iterator[Loaded]":
+    """As `load`, with an engine beside the model that answers `rows` prompts at once, where it can do that as the model would.
+
+    It is not there for a base in 4 bits, an architecture that the engine does not know, or an adapter that it would merge.
+    """
+    base, recipe = _load_base(model, adapter, dtype=dtype, quantize=quantize, console=console)
+    engine = _engine_for(base, rows)
+    try:
+        report = _attach(base, adapter, force=force, console=console)
+        yield Loaded(base, report, recipe, served_on(engine, adapter, "adapter", force=force))
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def served_on(engine: "Engine | None", adapter: str | Path, name: str, *, force: bool) -> "Served | None":
+    """Make an adapter known to an engine under `name`, and return both unless it would have to be merged."""
+    from luthier.evaluate.served import Served
+
+    if engine is None or engine.slow_because is not None:
+        return None
+    engine.add_adapter(name, adapter_folder(adapter), force=force)
+    log = logging.getLogger("luthier.formats")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what is to be said about its base was said when it was attached
+    try:
+        report = engine.check_adapter(name)
+    finally:
+        log.setLevel(level)
+    return Served(engine, name) if report.needs_merge is None else None
+
+
+def _engine_for(base: "LoadedModel", rows: int) -> "Engine | None":
+    """Return an engine over a base that has no adapter yet. What it holds are copies."""
+    from luthier.engine.layouts import is_known
+
+    if base.packing is not None or not is_known(base.model):
+        return None
+    from luthier.engine import Engine, Limits
+
+    longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 4096
+    return Engine(base.model, base.tokenizer, limits=Limits(max_rows=rows, kv_tokens=rows * longest))
+
+
+def _load_base(
+    model: str | None, adapter: str | None, *, dtype: str, quantize: str | None, console: "Console"
+) -> "tuple[LoadedModel, dict[str, Any]]":
+    """Return the base and the adapter's recipe."""
     quiet_transformers()
     from luthier.adapt.loftq import load_without
-    from luthier.formats.adapters import load_adapter
-    from luthier.formats.fingerprint import Verdict
     from luthier.formats.folder import read_adapter
     from luthier.models.load import load_model
 
@@ -72,7 +138,16 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "progress": lambda message: console.print(message, style="dim")}
     minus = folder.minus if adapter is not None and quantize != "none" else {}
     base = load_without(model, minus, **options) if minus else load_model(model, quantize=quantize, **options)
-    report = load_adapter(base.model, adapter_folder(adapter), force=force) if adapter is not None else None
-    if report is not None and report.base.verdict is Verdict.QUANTISED_OF:
+    return base, recipe
+
+
+def _attach(base: "LoadedModel", adapter: str | None, *, force: bool, console: "Console") -> "LoadReport | None":
+    from luthier.formats.adapters import load_adapter
+    from luthier.formats.fingerprint import Verdict
+
+    if adapter is None:
+        return None
+    report = load_adapter(base.model, adapter_folder(adapter), force=force)
+    if report.base.verdict is Verdict.QUANTISED_OF:
         console.print(f"The base is not bit for bit the adapter's: {report.base.reason}.", style="dim")
-    return Loaded(base, report, recipe)
+    return report

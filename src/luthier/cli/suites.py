@@ -28,11 +28,11 @@ def evaluate_suites(
     console: Any,
 ) -> None:
     """Run the suites, show them side by side, and write each contestant's items to a file of its own."""
-    from luthier.cli.loading import load
+    from luthier.cli.loading import load_served
 
     suites = named_suites(named, limit)
-    loaded = load(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force)
-    runs = put_suites(loaded, suites, batch_tokens=batch_tokens, remember=remember, console=console)
+    with load_served(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force) as loaded:
+        runs = put_suites(loaded, suites, batch_tokens=batch_tokens, remember=remember, console=console)
     from luthier.evaluate.suite_report import suite_facts, suites_table
 
     console.print(suites_table(runs))
@@ -60,9 +60,10 @@ def put_suites(
     from luthier.evaluate.runner import run_suites
 
     base, tokenizer = loaded.base.model, loaded.base.tokenizer
-    known = BaseScores(base, tokenizer) if remember else None
+    known = BaseScores(base, tokenizer, is_served=loaded.served is not None) if remember else None
+    told: dict[str, Any] = {"batch_tokens": batch_tokens, "known": known, "served": loaded.served}
     with progress_bar(console) as on_progress:
-        return run_suites(base, tokenizer, suites, batch_tokens=batch_tokens, known=known, on_progress=on_progress)
+        return run_suites(base, tokenizer, suites, on_progress=on_progress, **told)
 
 
 def _write(save: Path, runs: "Sequence[SuiteRun]", adapter: str) -> list[Path]:

@@ -92,16 +92,31 @@ class AdapterWeights:
     needs_merge: str | None = None
     folder: AdapterFolder | None = field(default=None, repr=False)
 
+    @property
+    def is_forced(self) -> bool:
+        """Whether it was trained on another base, and is here because someone forced it."""
+        return self.base.verdict is Verdict.MISMATCH
 
-def read_for_serving(folder: str | Path | AdapterFolder, base: ServedBase, name: str = "") -> AdapterWeights:
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """How the served base compares with the one an adapter was trained on, and why it has to be merged if it has."""
+
+    base: Comparison
+    needs_merge: str | None
+
+
+def read_for_serving(
+    folder: str | Path | AdapterFolder, base: ServedBase, name: str = "", *, force: bool = False
+) -> AdapterWeights:
     """Read an adapter folder for serving on `base`. `name` is what callers know it by; without it, the folder's.
 
-    Raises: AdapterFormatError, AdapterMismatchError, BaseMismatchError, as `load_adapter` does. Also BaseMismatchError for an
+    Raises: AdapterFormatError, AdapterMismatchError, BaseMismatchError, as `load_adapter` does with `force`. Also one for an
     adapter of init 'loftq' on any base but the one in 4 bits that it was fitted to, since its pairs hold what that one lost.
     """
     read = folder if isinstance(folder, AdapterFolder) else read_adapter(folder)
     name = name or read.path.name
-    fitted = fit_adapter(base.skeleton, read, base=base.fingerprint, value_of=base.weight)
+    fitted = fit_adapter(base.skeleton, read, force=force, base=base.fingerprint, value_of=base.weight)
     _check_loftq(read, fitted.base)
     reasons = _reasons_to_merge(fitted.plan, base)
     if reasons:

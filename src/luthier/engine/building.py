@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.core.errors import ConfigError
 from luthier.engine.decoder import Decoder
 from luthier.engine.layouts import Layout, UnknownLayoutError, layout_of
+from luthier.engine.modes import evaluating
 from luthier.engine.runner import Piece, Runner
+from luthier.ops.placement import device_kind
 from luthier.ops.prepacked import Form
 from luthier.ops.products import fast_products
 
@@ -26,12 +29,22 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 def decoder_for(model: Any, form: Form = "float") -> Decoder:
     """Return the engine's decoder for a transformers model without adapters, in the dtype that multiplies fast on its device.
 
-    With another `form` of weights it is compared with the model holding those same, coarser weights.
+    With another `form` of weights it is compared with the model holding those same, coarser weights. A model that is in NF4
+    already keeps its codes as "nf4", and is widened once as "float".
 
-    Raises: UnknownLayoutError if the architecture is not known, or if the two do not give the same numbers.
+    Raises: UnknownLayoutError if the architecture is not known, or if the two do not give the same numbers; ConfigError for a
+    form that this model or its device cannot have.
     """
     layout = layout_of(model)
-    with torch.inference_mode():
+    if layout.is_packed and form in ("int8", "int4"):
+        raise ConfigError(
+            f"this base is in NF4 already, and form={form!r} would round its weights a second time. Write 'nf4' (as they are "
+            "stored) or 'float' (widened once: more memory, faster), or load the base without quantize"
+        )
+    kind = device_kind(layout.embedding.device)
+    if kind != "cpu" and form in ("int8", "int4"):
+        raise ConfigError(f"form={form!r} is there for CPUs, and this model is on {kind}. Write 'float' or 'nf4'")
+    with evaluating(model), torch.inference_mode():
         decoder = Decoder(layout, fast_products(layout.embedding), form)
         with _as_laid_out(layout, decoder, form):
             _compare(model, decoder, TOLERANCE[torch.bfloat16 if form != "float" else decoder.kept_in])
@@ -41,8 +54,9 @@ def decoder_for(model: Any, form: Form = "float") -> Decoder:
 @contextmanager
 def _as_laid_out(layout: Layout, decoder: Decoder, form: Form) -> Iterator[None]:
     """Inside the block the model has the weights of the decoder, if those are other ones."""
-    blocks = [(block.qkv, block.o, block.gate_up, block.down) for block in layout.blocks] if form != "float" else []
-    paths = [(path, weight) for each in blocks for p in each for path, weight in zip(p.paths, p.weights, strict=True)]
+    has_others = form != "float" and not layout.is_packed
+    coarser = [projection for block in layout.blocks for projection in block.projections] if has_others else []
+    paths = [(path, weight) for each in coarser for path, weight in zip(each.paths, each.weights, strict=True)]
     originals = [weight.clone() for _, weight in paths]
     try:
         for path, weight in paths:

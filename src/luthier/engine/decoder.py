@@ -27,7 +27,7 @@ class _Multiplied:
         self.projection = projection.without_numbers()
         # Codes are made of the weights as they are kept, not as they are multiplied.
         weights = [weight.to(dtype) if form == "float" else weight for weight in projection.weights]
-        self.product = prepacked(torch.cat(weights) if len(weights) > 1 else weights[0], form)
+        self.product = prepacked(*weights, form=form)
         self.bias: Tensor | None = None
         if any(bias is not None for bias in projection.biases):
             parts = [
@@ -50,7 +50,11 @@ class _Multiplied:
 
 
 class _BlockForward:
-    def __init__(self, block: Block, dtype: torch.dtype, form: Form):
+    def __init__(self, block: Block, dtype: torch.dtype, form: Form, keeps_codes: bool):
+        def multiplied(projection: Projection) -> _Multiplied:
+            # In a base that is in 4 bits, what was left out of that stays as it is.
+            return _Multiplied(projection, dtype, "float" if keeps_codes and not projection.is_packed else form)
+
         self.block = replace(
             block,
             qkv=block.qkv.without_numbers(),
@@ -58,8 +62,8 @@ class _BlockForward:
             gate_up=block.gate_up.without_numbers(),
             down=block.down.without_numbers(),
         )
-        self.qkv, self.o = _Multiplied(block.qkv, dtype, form), _Multiplied(block.o, dtype, form)
-        self.gate_up, self.down = _Multiplied(block.gate_up, dtype, form), _Multiplied(block.down, dtype, form)
+        self.qkv, self.o = multiplied(block.qkv), multiplied(block.o)
+        self.gate_up, self.down = multiplied(block.gate_up), multiplied(block.down)
 
 
 class Decoder:
@@ -68,7 +72,7 @@ class Decoder:
     def __init__(self, layout: Layout, dtype: torch.dtype, form: Form = "float"):
         self.dtype, self.kept_in = dtype, layout.embedding.dtype
         self.device = layout.embedding.device
-        self._blocks = [_BlockForward(block, dtype, form) for block in layout.blocks]
+        self._blocks = [_BlockForward(block, dtype, form, keeps_codes=layout.is_packed) for block in layout.blocks]
         # What decides between tokens is kept finer, and quantised bases leave it as it is.
         self._head = _Multiplied(layout.head, dtype, {"int4": "int8", "nf4": "float"}.get(form, form))  # type: ignore[arg-type]
         self._embedding = layout.embedding.to(dtype)
@@ -79,18 +83,14 @@ class Decoder:
     @property
     def projections(self) -> list[Projection]:
         """All products that an adapter may add to."""
-        each = [(block.qkv, block.o, block.gate_up, block.down) for block in self.layout.blocks]
-        return [projection for block in each for projection in block] + [self.layout.head]
+        return [projection for block in self.layout.blocks for projection in block.projections] + [self.layout.head]
 
     def weight(self, name: str) -> Tensor:
-        """Return a parameter of a projection by its name in the base model, dense; raises KeyError for others."""
+        """Return the weight of a projection or the embedding by its name in the base model, dense; raises KeyError for others."""
         path = name.removesuffix(".weight")
+        if path == self.layout.embedding_path:
+            return self._embedding
         return self._by_path[path].weight(path)
-
-    @property
-    def embedding(self) -> Tensor:
-        """The table of the tokens (V, I)."""
-        return self._embedding
 
     @cached_property
     def _by_path(self) -> dict[str, _Multiplied]:

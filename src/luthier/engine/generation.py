@@ -59,7 +59,7 @@ def generate(
     Raises: ConfigError for an impossible setting, DataError for prompts the model cannot read (all of them listed).
     """
     _check_settings(max_new_tokens, batch_rows, temperature, top_p, seed)
-    _check_prompts(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens)
     stop_ids = _stop_ids(model, tokenizer)
     config = _greedy_config(tokenizer, stop_ids, max_new_tokens)
     seed = secrets.randbits(63) if seed is None else seed
@@ -103,7 +103,7 @@ def stream(
     ends the run after the token it is at. Settings and prompt are checked at the call.
     """
     _check_settings(max_new_tokens, 1, temperature, top_p, seed)
-    _check_prompts(model, [prompt_ids], max_new_tokens)
+    check_prompts(model, [prompt_ids], max_new_tokens)
     stop_ids = _stop_ids(model, tokenizer)
     seed = secrets.randbits(63) if seed is None else seed
     sampler = [GumbelSampler([0], seed, temperature, top_p)] if temperature > 0 else []
@@ -279,7 +279,8 @@ def _check_settings(max_new_tokens: int, batch_rows: int, temperature: float, to
         raise ConfigError("cannot generate with these settings:\n  " + "\n  ".join(faults))
 
 
-def _check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise DataError, with all of them listed, for prompts that a model cannot read or that leave no room for an answer."""
     vocabulary = model.get_input_embeddings().num_embeddings
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     faults = []

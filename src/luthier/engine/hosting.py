@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from luthier.core.errors import AdapterStateError
+from luthier.adapt.packing import has_packed_layers
+from luthier.core.errors import AdapterStateError, ConfigError
+from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights, ServedBase
 from luthier.engine.building import decoder_for
 from luthier.engine.decoder import Decoder
 from luthier.engine.fallback import FallbackRunner
 from luthier.engine.layouts import UnknownLayoutError
 from luthier.engine.requests import Mix
-from luthier.engine.runner import Runner
+from luthier.engine.runner import BASE, Runner
 from luthier.engine.store import AdapterStore, RegisteredSource
 from luthier.formats.adapters import load_adapter
 from luthier.formats.merged import save_merged
+from luthier.ops.prepacked import Form
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,10 @@ log = logging.getLogger(__name__)
 class Host:
     """A base model and its adapters, ready for the engine's steps.
 
-    `reload` gives the base anew where an adapter has to be merged; without it such adapters are refused. `slow_because` says
-    why the model is served by its own forward, if it is.
+    `form` is that of the base's weights. Adapters that are merged are served from floats whatever it is: to round weights anew
+    would take away part of what an adapter changed, which is often less than a step. `reload` gives the base anew where an
+    adapter has to be merged; without it such adapters are refused. `slow_because` says why the model is served by its own
+    forward, if it is.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Host:
         *,
         adapter_bytes: int,
         prefix_bytes: int,
+        form: Form = "float",
         registry: Any = None,
         reload: Callable[[], Any] | None = None,
     ):
@@ -55,8 +61,13 @@ class Host:
         self.runner: Runner | FallbackRunner
         self._registry, self._reload = registry, reload
         try:
-            decoder = decoder_for(model)
+            decoder = decoder_for(model, form)
         except UnknownLayoutError as reason:
+            if form != "float" and not (form == "nf4" and has_packed_layers(model)):
+                raise ConfigError(
+                    f"form={form!r} is there for models that the engine runs itself, and this one runs through its own forward: "
+                    f"{reason}. Write form='float'; a base that is in 4 bits stays so"
+                ) from reason
             self.slow_because = str(reason)
             log.warning("requests run one by one through the model's own forward: %s", reason)
             base = ServedBase.of(model, places=())  # nothing is batched, so every adapter comes with its folder
@@ -67,7 +78,7 @@ class Host:
             self.runner = Runner(decoder, prefix_bytes=prefix_bytes)
         self.store = AdapterStore(base, adapter_bytes)
 
-    def add(self, name: str, source: Any) -> "Future[None]":
+    def add(self, name: str, source: Any, *, force: bool = False) -> "Future[None]":
         """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS.
 
         The future tells when what the name meant before is gone.
@@ -79,7 +90,7 @@ class Host:
                 source = RegisteredSource(self._registry, str(source))
             else:
                 source = inner if inner.is_dir() else folder
-        return self.store.add(name, source)
+        return self.store.add(name, source, force=force)
 
     def prepare(self, weights: AdapterWeights) -> Decoder | None:
         """Return the decoder of an adapter that has to be merged, None for all others. Slow: not for the engine's thread."""
@@ -91,27 +102,40 @@ class Host:
                 "make the engine with Engine.load, which can read the base again"
             )
         assert weights.folder is not None
-        model = self._reload()
-        load_adapter(model, weights.folder, "served")
+        try:
+            return self._merged(self._reload(), weights)
+        finally:
+            release_thread_pool()
+
+    def _merged(self, model: Any, weights: AdapterWeights) -> Decoder:
+        assert weights.folder is not None and isinstance(self.runner, Runner)
+        load_adapter(model, weights.folder, "served", force=weights.is_forced)
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")
             del model
-            return decoder_for(_read(path, self.runner.decoders[""].kept_in))
+            return decoder_for(_read(path, self.runner.decoders[BASE].kept_in).to(self.runner.device))
 
     def check_mix(self, mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> None:
         """Raise AdapterStateError for what cannot be served together or at a strength."""
         for name, strength in mix.items():
-            whole = len(mix) == 1 and strength == 1.0
-            scaled = any(pair.magnitude is not None for pair in weights[name].pairs.values())
-            if not whole and (scaled or weights[name].needs_merge) and self.slow_because is None:
-                kind = "is a DoRA adapter" if scaled else f"has to be merged ({weights[name].needs_merge})"
-                raise AdapterStateError(f"adapter {name!r} {kind}, so it is served alone and at strength 1 only")
+            reason = self._is_alone(weights[name])
+            if reason is not None and not (len(mix) == 1 and strength == 1.0):
+                raise AdapterStateError(f"adapter {name!r} {reason}, so it is served alone and at strength 1 only")
+
+    def _is_alone(self, weights: AdapterWeights) -> str | None:
+        """Why an adapter can neither be scaled nor share a row with others, if so."""
+        if self.slow_because is not None:  # attached to the live model, where only what replaces modules is in the way
+            replaced = weights.folder.config.modules_to_save if weights.folder is not None else None
+            return f"replaces modules whole ({', '.join(replaced)})" if replaced else None
+        if any(pair.magnitude is not None for pair in weights.pairs.values()):
+            return "is a DoRA adapter"
+        return f"has to be merged ({weights.needs_merge})" if weights.needs_merge else None
 
     def activate(self, weights: AdapterWeights, merged: Decoder | None) -> None:
         """Let rows use an adapter from now on."""
         if isinstance(self.runner, FallbackRunner):
             assert weights.folder is not None
-            self.runner.activate_folder(weights.key, weights.folder)
+            self.runner.activate_folder(weights.key, weights.folder, force=weights.is_forced)
         elif merged is not None:
             self.runner.activate_merged(weights.key, merged)
         else:
@@ -127,8 +151,10 @@ class Host:
             self.runner.prefix.keep_only(keys)
 
     def close(self) -> None:
-        """End the store's workers."""
+        """End the store's workers; a model that was served by its own forward is as before."""
         self.store.close()
+        if isinstance(self.runner, FallbackRunner):
+            self.runner.leave()
 
 
 def mix_of(adapter: str | Mapping[str, float] | None) -> dict[str, float]:
@@ -148,17 +174,10 @@ def keyed(mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> Mi
 
 def _weights_of(model: Any, decoder: Decoder) -> Callable[[str], Tensor]:
     """A way to the base's parameters by name once the model is let go: the decoder has the large ones, and the rest is small."""
-    table = model.get_input_embeddings().weight
-    large = {f"{path}.weight" for projection in decoder.projections for path in projection.paths}
-    (embedding,) = (name for name, parameter in model.named_parameters() if parameter is table)
-    small = {name: each.detach() for name, each in model.named_parameters() if name not in large and name != embedding}
-
-    def weight(name: str) -> Tensor:
-        if name == embedding:
-            return decoder.embedding
-        return small[name] if name in small else decoder.weight(name)
-
-    return weight
+    paths = [path for projection in decoder.projections for path in projection.paths]
+    large = {f"{path}.weight" for path in (*paths, decoder.layout.embedding_path)}
+    small = {name: each.detach() for name, each in model.named_parameters() if name not in large}
+    return lambda name: small[name] if name in small else decoder.weight(name)
 
 
 def _read(path: Path, dtype: torch.dtype) -> Any:

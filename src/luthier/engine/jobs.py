@@ -31,7 +31,7 @@ class Event:
 class Handle:
     """A request that was taken: iterate over its events, wait for its `result`, or `cancel` it.
 
-    With `on_event` events go there, in the engine's thread, and are not kept for iteration.
+    With `on_event` events go there, in the engine's thread, and are not kept for iteration; if it raises, the request ends.
     """
 
     def __init__(self, id: str, cancel: Callable[[str], None], on_event: Callable[[Event], None] | None = None):
@@ -77,8 +77,9 @@ class Handle:
             return
         try:
             self._on_event(event)
-        except Exception:  # a caller's mistake must not end the engine, in whose thread this is
-            log.exception("what was to hear of request %s failed", self.id)
+        except Exception:  # the engine's thread has others to serve
+            log.exception("on_event of request %s failed; the request is cancelled", self.id)
+            self.cancel()
 
 
 @dataclass(eq=False)

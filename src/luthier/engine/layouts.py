@@ -13,12 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.core.errors import ModelError
+from luthier.layers.packed import PackedLinear
+from luthier.ops.packed import PackedTensor
 
 KNOWN = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Model types (`config.model_type`) whose blocks are known."""
 
 _ONE_PLUS = ("gemma", "gemma2", "gemma3_text")
 """Their norms multiply by 1 + weight, and their embeddings by a constant."""
+
+
+def is_known(model: Any) -> bool:
+    """Whether the engine has a forward for models of this type. Each one is compared with it all the same."""
+    return model.config.model_type in KNOWN
 
 
 class UnknownLayoutError(ModelError):
@@ -38,9 +45,15 @@ class Projection:
         """Outputs of each part."""
         return tuple(weight.shape[0] for weight in self.weights)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a part of it is in 4 bits in the model."""
+        return any(isinstance(weight, PackedTensor) for weight in self.weights)
+
     def without_numbers(self) -> "Projection":
         """The same with weights that have a shape only: those that count have been laid out elsewhere."""
-        return Projection(self.paths, tuple(weight.to("meta") for weight in self.weights), self.biases)
+        shapes = tuple(torch.empty(weight.shape, dtype=weight.dtype, device="meta") for weight in self.weights)
+        return Projection(self.paths, shapes, self.biases)
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,18 @@ class Block:
     window: int | None
     rope: str
 
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Its products, in the order in which they are formed."""
+        return (self.qkv, self.o, self.gate_up, self.down)
+
 
 @dataclass(frozen=True)
 class Layout:
     """A decoder: embedding, blocks, last norm, head. `ropes` gives (cos, sin), each (T, D), for positions (T,)."""
 
     embedding: Tensor
+    embedding_path: str
     embedding_scale: Tensor | None
     blocks: tuple[Block, ...]
     norm: Norm
@@ -88,6 +107,11 @@ class Layout:
     ropes: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = field(repr=False)
     longest: int | None = None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the model's weights are in 4 bits."""
+        return any(projection.is_packed for block in self.blocks for projection in block.projections)
+
 
 def layout_of(model: Any) -> Layout:
     """Return the layout of a transformers causal language model without adapters; its tensors are the model's own.
@@ -95,7 +119,7 @@ def layout_of(model: Any) -> Layout:
     Raises: UnknownLayoutError with what stands in the way.
     """
     config = model.config
-    if config.model_type not in KNOWN:
+    if not is_known(model):
         raise UnknownLayoutError(f"model type {config.model_type!r} is not among {', '.join(KNOWN)}")
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
@@ -110,6 +134,7 @@ def layout_of(model: Any) -> Layout:
     kinds = {block.rope for block in blocks}
     return Layout(
         embedding=embedding.weight,
+        embedding_path=names[embedding],
         embedding_scale=scale,
         blocks=blocks,
         norm=reader.norm(decoder.norm),
@@ -132,7 +157,7 @@ class _Reader:
 
     def projection(self, *modules: Any) -> Projection:
         for module in modules:
-            if type(module) is not nn.Linear:
+            if type(module) not in (nn.Linear, PackedLinear):
                 raise UnknownLayoutError(f"{self.names[module]} is a {type(module).__name__}, not a plain linear layer")
         weights = tuple(module.weight.detach() for module in modules)
         biases = tuple(None if module.bias is None else module.bias.detach() for module in modules)

@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from luthier.core.errors import EngineError, QueueFullError
+from luthier.core.errors import EngineError
 from luthier.engine.adapters import AdapterWeights
 from luthier.engine.decoder import Decoder
 from luthier.engine.drawing import Drawn, draw
@@ -47,6 +47,7 @@ class EngineLoop:
         self._retiring: list[tuple[set[str], Future[None]]] = []
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="luthier-merging")
         self._is_closed = False
+        self._fault: EngineError | None = None
         self._thread = threading.Thread(target=self._loop, name="luthier-engine", daemon=True)
         self._thread.start()
 
@@ -58,10 +59,11 @@ class EngineLoop:
         with self._lock:
             if self._is_closed:
                 raise EngineError("this engine has been closed")
+            if self._fault is not None:
+                raise self._fault
             self._scheduler.check(ticket)
-            waiting = len(self._loading) + self._scheduler.waiting
-            if waiting >= self.limits.max_queue:
-                raise QueueFullError("the queue", waiting, self.limits.max_queue)
+            loading = list(self._loading.values())
+            self._scheduler.check_queue(job.tenant, len(loading), sum(each.tenant == job.tenant for each in loading))
             self._loading[job.id] = job
         try:
             for name in job.names:
@@ -115,6 +117,19 @@ class EngineLoop:
     # --- in the engine's thread --------------------------------------------------------------------------------
 
     def _loop(self) -> None:
+        try:
+            self._run_until_closed()
+            for job in [*self._jobs.values(), *self._loading.values()]:
+                self._end(job, "cancelled")
+        except Exception as error:
+            log.exception("the engine's thread failed, and all requests with it")
+            fault = EngineError(f"the engine stopped by a fault of its own ({error}); make a new one")
+            with self._lock:
+                self._fault = fault
+            for job in [*self._jobs.values(), *self._loading.values()]:
+                job.handle.give(Event("", (), (), job.completion("error", fault)), fault)
+
+    def _run_until_closed(self) -> None:
         while not self._is_closed:
             while not self._inbox.empty():
                 self._inbox.get()()
@@ -126,14 +141,12 @@ class EngineLoop:
                 self._tell_retired()
             if step is None:
                 self._inbox.get()()
-        for job in [*self._jobs.values(), *self._loading.values()]:
-            self._end(job, "cancelled")
 
     def _run(self, step: Step) -> None:
         try:
             self._change(step)
             pieces = [Piece(id, (self._jobs[id].tokens[-1],)) for id in step.decode]
-            pieces += [self._piece(chunk) for chunk in step.prefill]
+            pieces += [self._piece(chunk) for chunk in step.prefill if chunk.id in self._jobs]
             if not pieces:  # adapters left, and nothing runs
                 return
             stepped = self.host.runner.step(pieces)
@@ -149,22 +162,30 @@ class EngineLoop:
             self._drawn(job, token)
 
     def _change(self, step: Step) -> None:
+        """Let adapters and requests in and out. A request that finds no memory for itself or its adapter fails alone."""
         for key in step.deactivated:
-            if key in self._active:  # else its activation failed
+            if key in self._active:  # otherwise its activation had failed
                 self._active.remove(key)
                 self.host.deactivate(key)
             self._forget(key)
-        for key in step.activated:
+        for job in [self._jobs[id] for id in step.admitted]:
+            try:
+                for key, _ in job.mix:
+                    self._activate(key)
+                room = len(job.prompt) + job.sampling.max_new_tokens
+                job.reached = self.host.runner.open(job.id, job.mix, job.shared[: job.cached + 1], room)
+            except Exception as error:
+                log.exception("request %s cannot begin", job.id)
+                self._end(job, "error", error)
+                continue
+            job.is_open, job.cached = True, min(job.cached, job.reached)
+            self.counts["cached_tokens"] += job.reached
+
+    def _activate(self, key: str) -> None:
+        if key not in self._active:
             merged = self._merged.get(key)
             self.host.activate(self._weights[key], merged.result() if merged is not None else None)
             self._active.add(key)
-        for id in step.admitted:
-            job = self._jobs[id]
-            job.reached = self.host.runner.open(
-                id, job.mix, job.shared[: job.cached + 1], len(job.prompt) + job.sampling.max_new_tokens
-            )
-            job.is_open, job.cached = True, min(job.cached, job.reached)
-            self.counts["cached_tokens"] += job.reached
 
     def _piece(self, chunk: Chunk) -> Piece:
         job = self._jobs[chunk.id]
@@ -214,10 +235,9 @@ class EngineLoop:
     def _fail_step(self, step: Step, error: Exception) -> None:
         ids = dict.fromkeys((*step.decode, *(chunk.id for chunk in step.prefill), *step.admitted))
         log.exception("a step failed, and its %d requests with it", len(ids))
-        with self._lock:  # the scheduler takes what it planned for done: let it try again when somebody asks
-            failed = [id for key in step.activated if key not in self._active for id in self._scheduler.mark_failed(key)]
-        for id in dict.fromkeys((*ids, *failed)):
-            self._end(self._jobs[id], "error", error)
+        for id in ids:
+            if id in self._jobs:
+                self._end(self._jobs[id], "error", error)
 
     # --- the life of a job ---------------------------------------------------------------------------------------
 

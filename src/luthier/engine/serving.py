@@ -14,6 +14,8 @@ from functools import cached_property, partial
 from typing import Any, Self
 
 from luthier.core.errors import ConfigError, DataError, QueueFullError
+from luthier.core.threads import release_thread_pool
+from luthier.engine.adapters import AdapterReport
 from luthier.engine.constraints import Constraints
 from luthier.engine.drawing import RowDraw
 from luthier.engine.hosting import Host, mix_of
@@ -23,6 +25,7 @@ from luthier.engine.requests import Completion, Sampling
 from luthier.engine.runner import Runner
 from luthier.engine.scheduler import Limits
 from luthier.engine.text import TextStream
+from luthier.ops.prepacked import known_form
 
 GREEDY = Sampling()
 ONE_TOKEN = Sampling(max_new_tokens=1)
@@ -42,7 +45,9 @@ class Engine:
 
     `limits.kv_tokens` bounds the tokens of all running requests, `prefix_bytes` what is kept of prompts seen before (0: nothing),
     `adapter_bytes` the adapters in memory. A model of an architecture the engine does not know is served by its own forward.
-    `reload` gives the base anew where an adapter has to be merged; without it those are refused.
+    `form` is that of the base's weights: "float", "int8", "int4" or "nf4" (docs/engine.md). `reload` gives the base anew where
+    an adapter has to be merged; without it those are refused.
+    Raises: ConfigError for a form that is not known, or that this model cannot have.
     """
 
     def __init__(
@@ -52,19 +57,28 @@ class Engine:
         *,
         adapters: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        form: str = "float",
         prefix_bytes: int = PREFIX_BYTES,
         adapter_bytes: int = 2**30,
         registry: Any = None,
         reload: Callable[[], Any] | None = None,
     ):
         self.tokenizer = tokenizer
-        self._host = Host(model, adapter_bytes=adapter_bytes, prefix_bytes=prefix_bytes, registry=registry, reload=reload)
+        self._host = Host(
+            model,
+            adapter_bytes=adapter_bytes,
+            prefix_bytes=prefix_bytes,
+            form=known_form(form),
+            registry=registry,
+            reload=reload,
+        )
         self.limits = self._with_room(limits)
         eos = tokenizer.eos_token_id
         self._stop_ids = self._host.eos_ids | (frozenset() if eos is None else {int(eos)})
         self._numbers = itertools.count()
         for name, source in (adapters or {}).items():
             self._host.add(name, source)
+        release_thread_pool()
         self._loop = EngineLoop(self._host, self.limits)
 
     @cached_property
@@ -86,6 +100,8 @@ class Engine:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        quantize: str = "none",
+        form: str = "float",
         adapters: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         prefix_cache: bool = True,
@@ -93,35 +109,56 @@ class Engine:
         registry: Any = None,
         progress: Callable[[str], None] | None = None,
     ) -> Self:
-        """Load a base by what `load_model` takes, and serve it. Its own weights are let go once they are laid out."""
+        """Load a base by what `load_model` takes, and serve it. Its own weights are let go once they are laid out.
+
+        `quantize` says which base it is (what adapters were trained on), `form` how its weights are held: with quantize "nf4",
+        form "nf4" keeps those very codes and "float" widens them once. Raises: what `load_model` and the engine raise.
+        """
         from luthier.models import load_model
 
-        loaded = load_model(model, dtype=dtype, device=device, progress=progress)
+        form = known_form(form)
+        loaded = load_model(model, dtype=dtype, device=device, quantize=quantize, progress=progress)
         tokenizer = loaded.tokenizer
         kept = str(loaded.dtype_choice.dtype).removeprefix("torch.")
 
         def reload() -> Any:
-            return load_model(model, dtype=kept, device=device).model
+            return load_model(model, dtype=kept, device=device, quantize=quantize).model
 
         return cls(
             loaded.model,
             tokenizer,
             adapters=adapters,
             limits=limits,
+            form=form,
             prefix_bytes=PREFIX_BYTES if prefix_cache else 0,
             adapter_bytes=adapter_bytes,
             registry=registry,
             reload=reload,
         )
 
+    @property
+    def slow_because(self) -> str | None:
+        """Why the model is served by its own forward, each request by itself; None where the engine has one for it."""
+        return self._host.slow_because
+
     # --- adapters --------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, source: Any) -> None:
+    def add_adapter(self, name: str, source: Any, *, force: bool = False) -> None:
         """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet.
 
-        A name that is known means the new one from now on; the old one goes once those who have it are done.
+        A name that is known means the new one from now on; the old one goes once those who have it are done. With `force` it is
+        taken although it was trained on another base.
         """
-        self._loop.when_drained(self._host.add(name, source))
+        self._loop.when_drained(self._host.add(name, source, force=force))
+
+    def check_adapter(self, name: str) -> AdapterReport:
+        """Read an adapter now, not with its first request, and say what is to be known of it here.
+
+        Raises: AdapterFormatError, AdapterMismatchError, BaseMismatchError, AdapterStateError.
+        """
+        weights = self._host.store.acquire(name).result()
+        self._host.store.release(weights.key)
+        return AdapterReport(weights.base, weights.needs_merge)
 
     def unload_adapter(self, name: str) -> "Future[None]":
         """Forget a name: no new request gets it, those that have it finish.
@@ -288,6 +325,7 @@ class Engine:
         faults += [f"the strength of adapter {name!r} is {each}" for name, each in job.names.items() if not math.isfinite(each)]
         if faults:
             raise DataError("this request cannot be served:\n  " + "\n  ".join(faults))
+        release_thread_pool()  # the caller may have multiplied a moment ago; from here on the engine's thread does
         self._loop.submit(job)
         return job.handle
 

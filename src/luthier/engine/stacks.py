@@ -53,24 +53,30 @@ class Stack:
         self.users: set[str] = set()
         self.factors: dict[str, Tensor] = {}
         inputs = projection.weights[0].shape[1]
-        self.A = torch.zeros(capacity, len(projection.paths), inputs, dtype=dtype, device=device)
+        self.A = torch.zeros(capacity * len(projection.paths), inputs, dtype=dtype, device=device)
         self.parts = [torch.zeros(capacity, width, dtype=dtype, device=device) for width in projection.widths]
 
     def grow(self, capacity: int) -> None:
         """Make room for more columns; what is there stays."""
-        more = capacity - len(self.A)
-        self.A = torch.cat([self.A, self.A.new_zeros(more, *self.A.shape[1:])])
+        more = capacity - len(self.parts[0])
+        self.A = torch.cat([self.A, self.A.new_zeros(more * len(self.parts), self.A.shape[1])])
         self.parts = [torch.cat([part, part.new_zeros(more, part.shape[1])]) for part in self.parts]
+
+    def A_of(self, columns: slice) -> Tensor:
+        """Return the rows of A, of all parts, that belong to whole segments."""
+        num_parts = len(self.parts)
+        return self.A[columns.start * num_parts : columns.stop * num_parts]
 
     def put(self, key: str, segment: Segment, pairs: Mapping[str, PairLike]) -> None:
         """Write an adapter's pairs into its segment, which is all zeros."""
         factors: list[Tensor] = []
+        A_PRI = self.A_of(segment.columns).view(len(self.parts), segment.width, -1)
         for part, path in enumerate(self.projection.paths):
             pair = pairs.get(path)
             if pair is not None:
-                rank = slice(segment.start, segment.start + pair.A.shape[0])
-                self.A[rank, part] = pair.A.to(self.A)
-                self.parts[part][rank] = pair.B.to(self.A).t()
+                rank = pair.A.shape[0]
+                A_PRI[part, :rank] = pair.A.to(self.A)
+                self.parts[part][segment.start : segment.start + rank] = pair.B.to(self.A).t()
             magnitude = None if pair is None else pair.magnitude
             factors.append(self.A.new_ones(self.projection.widths[part]) if magnitude is None else magnitude.to(self.A))
         self.users.add(key)
@@ -80,8 +86,9 @@ class Stack:
     def drop(self, key: str, segment: Segment) -> None:
         """Forget an adapter. Its columns are zeros again: the next one there need not have a pair in every stack."""
         if key in self.users:
-            for tensor in (self.A, *self.parts):
-                tensor[segment.columns] = 0
+            self.A_of(segment.columns).zero_()
+            for part in self.parts:
+                part[segment.columns] = 0
         self.users.discard(key)
         self.factors.pop(key, None)
 
@@ -130,6 +137,16 @@ class AdapterStacks:
             self._stacks.clear()
             self._capacity = 0
 
+    def blocks(self, start: int, stop: int) -> list[slice]:
+        """Return columns [start, stop), which hold whole segments, as the segments and the gaps between them."""
+        found: list[slice] = []
+        for segment in sorted(self.segments.values(), key=lambda each: each.start):
+            if start <= segment.start < stop:
+                if found and found[-1].stop < segment.start:
+                    found.append(slice(found[-1].stop, segment.start))
+                found.append(segment.columns)
+        return found
+
     def _place(self, width: int) -> Segment:
         """The first gap that is wide enough, else new columns at the end."""
         start = 0
@@ -177,7 +194,7 @@ class StepAdapters:
 
     def __init__(self, stacks: AdapterStacks, runs: Sequence[Run]):
         self._stacks = stacks
-        self.runs = [run for run in runs if run.mix]
+        self.runs = _joined([run for run in runs if run.mix])
         self.long = [run for run in self.runs if run.is_long]
         self.keys = {key for run in self.runs for key, _ in run.mix}
         short = [run for run in self.runs if not run.is_long]
@@ -187,6 +204,7 @@ class StepAdapters:
         is_one = len({run.mix for run in short}) == 1 and _is_whole(short[0].mix)
         self.groups = None if is_one or not prefers_groups(stacks.dtype) else self._grouped(short)
         self.mask = None if is_one or self.groups else self._mask(short)
+        self._rows_of: dict[int, Tensor] = {}
 
     def add(self, projection: Projection, y_TO: Tensor, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Add to y, the base's product without its bias, what each row's adapters add, and the bias. Changes y in place."""
@@ -202,24 +220,39 @@ class StepAdapters:
     def _add_short(self, stack: Stack, y_TO: Tensor, x_TI: Tensor) -> None:
         if not len(y_TO):
             return
-        A_RPI, parts = stack.A[self.columns], [part[self.columns] for part in stack.parts]
+        A_NI, parts = stack.A_of(self.columns), [part[self.columns] for part in stack.parts]
         if self.groups is None:
-            add_stacked(y_TO, x_TI, A_RPI, parts, self.mask)
+            add_stacked(y_TO, x_TI, A_NI, parts, self.mask, self._rows(len(parts)))
         else:
-            A_KRPI = A_RPI.view(-1, self.groups.rank, *A_RPI.shape[1:])
-            add_grouped(y_TO, x_TI, A_KRPI, parts, self.groups.spread, self.groups.gathered)
+            A_KNI = A_NI.view(-1, self.groups.rank * len(parts), A_NI.shape[1])
+            add_grouped(y_TO, x_TI, A_KNI, parts, self.groups.spread, self.groups.gathered)
 
     def _add_long(self, stack: Stack, run: Run, y_TO: Tensor, x_TI: Tensor) -> None:
         for key, weight in run.mix:
             columns = self._stacks.segments[key].columns
             mask = None if weight == 1.0 else y_TO.new_full((1, 1), weight)
-            add_stacked(y_TO, x_TI, stack.A[columns], [part[columns] for part in stack.parts], mask)
+            add_stacked(y_TO, x_TI, stack.A_of(columns), [part[columns] for part in stack.parts], mask, None)
 
     def _scale(self, stack: Stack, y_TO: Tensor) -> None:
         for run in self.runs:
             for key, _ in run.mix:
                 if key in stack.factors:
                     y_TO[run.start : run.stop] *= stack.factors[key]
+
+    def _rows(self, num_parts: int) -> Tensor | None:
+        """The rows of A, of those of `columns`, that belong to each part; None where they lie in order."""
+        if self.mask is None or num_parts == 1:
+            return None
+        if num_parts not in self._rows_of:
+            first, stop = self.columns.start, self.columns.stop
+            rows_P: list[list[int]] = [[] for _ in range(num_parts)]
+            for columns in self._stacks.blocks(first, stop):
+                width = columns.stop - columns.start
+                for part, rows in enumerate(rows_P):
+                    start = (columns.start - first) * num_parts + part * width
+                    rows.extend(range(start, start + width))
+            self._rows_of[num_parts] = torch.tensor(rows_P, device=self._stacks.device)
+        return self._rows_of[num_parts]
 
     def _mask(self, short: Sequence[Run]) -> Tensor:
         mask_TR = torch.zeros(self.rows.stop - self.rows.start, self.columns.stop - self.columns.start)
@@ -254,6 +287,18 @@ class StepAdapters:
         place = {row: group * longest + at for group, rows in enumerate(rows_of) for at, row in enumerate(rows)}
         gathered = [place[row] for row in range(len(groups))]
         return _Groups(self.rows, self.columns, rank, torch.tensor(spread, device=device), torch.tensor(gathered, device=device))
+
+
+def _joined(runs: Sequence[Run]) -> list[Run]:
+    """Long runs of one mix that lie side by side become one: their rows are multiplied with its pairs at once."""
+    joined: list[Run] = []
+    for run in runs:
+        last = joined[-1] if joined else None
+        if last and last.is_long and run.is_long and last.stop == run.start and last.mix == run.mix:
+            joined[-1] = Run(last.start, run.stop, run.mix)
+        else:
+            joined.append(run)
+    return joined
 
 
 def in_order(stacks: AdapterStacks, mix: Mix, rows: int) -> tuple[bool, bool, int]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from luthier.core.allocator import release_freed_memory
 from luthier.core.errors import AdapterFormatError, AdapterStateError, BlobError, did_you_mean
+from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights, ServedBase, content_key, read_for_serving
 from luthier.formats.folder import AdapterFolder, read_adapter
 
@@ -101,6 +102,7 @@ class _Name:
 
     name: str
     source: Source
+    force: bool = False
     key: str | None = None
     is_loading: bool = False
     waiting: list[Future[AdapterWeights]] = field(default_factory=list)
@@ -138,13 +140,14 @@ class AdapterStore:
         self._is_closed = False
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="luthier-adapters")
 
-    def add(self, name: str, source: str | Path | Source) -> "Future[None]":
+    def add(self, name: str, source: str | Path | Source, *, force: bool = False) -> "Future[None]":
         """Make an adapter known under `name`: a folder, or whatever a Source gives (`RegisteredSource`). Reads nothing yet.
 
-        A name that is known means the new one from now on; what the old one holds goes once nobody uses it. The future is that
-        of `unload` for the old one, done already where there was none.
+        With `force` it is taken although it was trained on another base, as by `load_adapter`. A name that is known means the
+        new one from now on; what the old one holds goes once nobody uses it. The future is that of `unload` for the old one,
+        done already where there was none.
         """
-        named = _Name(name, _folder_source(Path(source)) if isinstance(source, str | Path) else source)
+        named = _Name(name, _folder_source(Path(source)) if isinstance(source, str | Path) else source, force)
         drained: Future[None] = Future()
         with self._lock:
             replaced, self._names[name] = self._names.get(name), named
@@ -257,6 +260,8 @@ class AdapterStore:
             return self._read(named), None
         except Exception as error:  # whatever it is, somebody waits for the answer
             return None, error
+        finally:
+            release_thread_pool()
 
     def _read(self, named: _Name) -> AdapterWeights:
         folder = named.source()
@@ -267,7 +272,9 @@ class AdapterStore:
             )
         with self._lock:
             resident = self._residents.get(key)
-        return resident.weights if resident is not None else read_for_serving(folder, self.base, named.name)
+        if resident is not None and (named.force or not resident.weights.is_forced):
+            return resident.weights
+        return read_for_serving(folder, self.base, named.name, force=named.force)
 
     def _arrived(self, named: _Name, weights: AdapterWeights | None, error: Exception | None, *, seconds: float) -> None:
         """Put what was read among the residents and give it to those who wait."""

@@ -3,7 +3,8 @@
     $LUTHIER_HOME/scores/<key>.json      {"key": {...}, "digest": sha256 of the scores, "scores": {...}}
 
 The key names all that the scores depend on: the base's weights (fingerprint), precision and quantisation, tokenizer with its chat
-template, the suite's digest (definition, data, harness) and the batch size, which in bfloat16 can decide between two near equals.
+template, the suite's digest (definition, data, harness), the batch size, which in bfloat16 can decide between two near equals,
+and for answers whether an engine gave them.
 A file that is damaged is told in the log and counts as absent. Files hold the base's answers; delete the folder to forget them.
 """
 
@@ -22,13 +23,14 @@ log = logging.getLogger("luthier.evaluate")
 
 
 class BaseScores:
-    """The kept scores of one base, whatever adapter is on it."""
+    """The kept scores of one base, whatever adapter is on it. `is_served`: an engine answers in its place."""
 
-    def __init__(self, model: Any, tokenizer: Any, folder: Path | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, folder: Path | None = None, *, is_served: bool = False) -> None:
         from luthier.formats.adapters import fingerprint_of
         from luthier.models.cache import luthier_home
 
         self._folder = folder or luthier_home() / "scores"
+        self._is_served = is_served
         found = fingerprint_of(model)
         self._base = {
             "base": found.identity(),
@@ -62,7 +64,8 @@ class BaseScores:
         write_atomic(self._path(suite, batch_tokens), json.dumps(kept, ensure_ascii=False))
 
     def _key(self, suite: Suite, batch_tokens: int) -> dict[str, Any]:
-        return {**self._base, "suite": suite.digest, "harness": HARNESS, "batch_tokens": batch_tokens}
+        key = {**self._base, "suite": suite.digest, "harness": HARNESS, "batch_tokens": batch_tokens}
+        return key | ({"answers": "engine"} if self._is_served and suite.definition.type == "generate" else {})
 
     def _path(self, suite: Suite, batch_tokens: int) -> Path:
         return self._folder / f"{_digest(self._key(suite, batch_tokens))}.json"

@@ -17,7 +17,9 @@ from luthier.evaluate.statistics import Share, mcnemar_p_value, share
 if TYPE_CHECKING:
     from luthier.data.encode import EncodedRow
     from luthier.data.messages import Example
+    from luthier.engine import Completion, Generation
     from luthier.engine.score import LossReport
+    from luthier.evaluate.served import Served
 
 Progress = Callable[[str, int, int], None]  # (what is being done, rows done, rows in all)
 Change = Literal["won", "lost", "right", "wrong"]
@@ -98,12 +100,14 @@ def judge(
     batch_rows: int = 32,
     case_folded: bool = False,
     chat_template: str = "auto",
+    served: "Served | None" = None,
     on_progress: Progress | None = None,
 ) -> Judgement:
     """Let the base, and the adapter that is active now if there is one, answer every example, and compare.
 
     The base is the same model with its adapters silent. With `encoded` rows the loss of both is measured on them too. JSON
-    scores are given when every reference is a JSON object or array. `chat_template` must be the one trained with.
+    scores are given when every reference is a JSON object or array. `chat_template` must be the one trained with. With `served`
+    an engine answers in the model's place.
     Raises: DataError if there are no examples, or one cannot be used; ConfigError for impossible settings.
     """
     from luthier.data import reference_answer, render_prompt
@@ -112,7 +116,9 @@ def judge(
         raise DataError("there are no examples to judge by; give at least one held-out row")
     prompts = [render_prompt(example, tokenizer, chat_template) for example in examples]
     references = [reference_answer(example) for example in examples]
-    contest = _Contest(model, tokenizer, prompts, references, encoded, max_new_tokens, batch_rows, case_folded, on_progress)
+    contest = _Contest(
+        model, tokenizer, prompts, references, encoded, max_new_tokens, batch_rows, case_folded, served, on_progress
+    )
     adapters = active_adapters(model)
     with _silenced(model) if adapters else nullcontext():
         base, base_texts = contest.run("base")
@@ -146,21 +152,13 @@ class _Contest:
     max_new_tokens: int
     batch_rows: int
     case_folded: bool
+    served: "Served | None"
     on_progress: Progress | None
 
     def run(self, name: str) -> tuple[Side, list[str]]:
         """Score and answer all rows with the model as it is now."""
-        from luthier.engine.generation import generate
-
         loss = self._loss(name)
-        answers = generate(
-            self.model,
-            self.tokenizer,
-            self.prompts,
-            max_new_tokens=self.max_new_tokens,
-            batch_rows=self.batch_rows,
-            on_progress=self._progress(f"{name}: answers"),
-        )
+        answers = self._answers(self._progress(f"{name}: answers"))
         texts = [answer.text for answer in answers]
         is_json_task = all(is_json_container(reference) for reference in self.references)
         side = Side(
@@ -170,6 +168,14 @@ class _Contest:
             json=json_scores(texts, self.references, case_folded=self.case_folded) if is_json_task else None,
         )
         return side, texts
+
+    def _answers(self, on_progress: Callable[[int, int], None] | None) -> "Sequence[Generation | Completion]":
+        from luthier.engine.generation import generate
+
+        told: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "on_progress": on_progress}
+        if self.served is not None:
+            return self.served.answers(self.model, self.prompts, **told)
+        return generate(self.model, self.tokenizer, self.prompts, batch_rows=self.batch_rows, **told)
 
     def is_right(self, text: str, reference: str) -> bool:
         """Whether an answer counts as right: exact match of the text."""

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
 from luthier.evaluate.answers import check_libraries, score_answer
+from luthier.evaluate.definitions import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite
 from luthier.evaluate.items import ChoiceItem, GenerateItem, PairItem, RollingItem
 from luthier.evaluate.scores import ItemScore, SuiteScores
-from luthier.evaluate.suites import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite, Suite
+from luthier.evaluate.suites import Suite
 
 if TYPE_CHECKING:
     from luthier.evaluate.base_cache import BaseScores
     from luthier.evaluate.judgement import Progress
+    from luthier.evaluate.served import Served
 
 BATCH_TOKENS = 2048
 BATCH_ROWS = 32
@@ -43,11 +45,13 @@ def run_suites(
     *,
     batch_tokens: int = BATCH_TOKENS,
     known: "BaseScores | None" = None,
+    served: "Served | None" = None,
     on_progress: "Progress | None" = None,
 ) -> list[SuiteRun]:
     """Put every suite to the base and to the adapter that is active now, if there is one.
 
-    What `known` holds of this base is not run again; what it does not hold is put there.
+    What `known` holds of this base is not run again; what it does not hold is put there. With `served` an engine answers in the
+    model's place.
     Raises: ConfigError if two suites share a name; what `run_suite` raises.
     """
     from luthier.adapt import disabled
@@ -59,7 +63,7 @@ def run_suites(
     has_adapter = bool(active_adapters(model))
     results = []
     for suite in suites:
-        run = partial(run_suite, model, tokenizer, suite, batch_tokens=batch_tokens)
+        run = partial(run_suite, model, tokenizer, suite, batch_tokens=batch_tokens, served=served)
         base = None if known is None else known.find(suite, batch_tokens)
         is_cached = base is not None
         if base is None:
@@ -78,6 +82,7 @@ def run_suite(
     suite: Suite,
     *,
     batch_tokens: int = BATCH_TOKENS,
+    served: "Served | None" = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SuiteScores:
     """Put one suite to the model as it is now, and return the scores of its items in their order.
@@ -87,7 +92,7 @@ def run_suite(
     Raises: DataError for items the model cannot read; MissingExtraError; TrainingError for numbers that are not finite.
     """
     asked = suite.definition
-    ask = _ASK[asked.type]
+    ask = partial(_ASK[asked.type], served=served) if asked.type == "generate" else _ASK[asked.type]
     values = ask(asked, suite.items, model, tokenizer, batch_tokens, on_progress)
     items = tuple(
         ItemScore(item.id, score, item.cluster, item.slices, output)
@@ -133,22 +138,25 @@ def _pairs(
 
 
 def _answers(
-    asked: GenerateSuite, items: Sequence[GenerateItem], model: Any, tokenizer: Any, batch_tokens: int, report: Report
+    asked: GenerateSuite,
+    items: Sequence[GenerateItem],
+    model: Any,
+    tokenizer: Any,
+    batch_tokens: int,
+    report: Report,
+    served: "Served | None",
 ) -> list[Scored]:
     from luthier.engine.generation import generate
     from luthier.evaluate.prompts import prompt_ids
 
     check_libraries(asked)
-    answers = generate(
-        model,
-        tokenizer,
-        prompt_ids(asked, [item.prompt for item in items], tokenizer),
-        max_new_tokens=asked.max_new_tokens,
-        batch_rows=BATCH_ROWS,
-        batch_tokens=KEPT_TOKENS * batch_tokens,
-        stop_texts=asked.stop,
-        on_progress=report,
-    )
+    prompts = prompt_ids(asked, [item.prompt for item in items], tokenizer)
+    told: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "stop_texts": asked.stop, "on_progress": report}
+    if served is not None:
+        answers: Sequence[Any] = served.answers(model, prompts, **told)
+    else:
+        told |= {"batch_rows": BATCH_ROWS, "batch_tokens": KEPT_TOKENS * batch_tokens}
+        answers = generate(model, tokenizer, prompts, **told)
     return [(score_answer(asked, item, answer.text), answer.text) for item, answer in zip(items, answers, strict=True)]
 
 

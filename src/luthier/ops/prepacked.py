@@ -7,17 +7,21 @@ its own blocked layout 1.3 to 1.6 times as fast as rows of a matrix; fewer bits 
 Shapes: T tokens, O outputs, I inputs, G groups of inputs that share a scale.
 """
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.processor import fast_bf16_unit
+from luthier.ops.packed import PackedTensor
 from luthier.ops.placement import device_kind
-from luthier.quant.nf4 import dequantize_nf4, quantize_nf4
+from luthier.quant.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 
 Form = Literal["float", "int8", "int4", "nf4"]
+
+FORMS: tuple[Form, ...] = get_args(Form)
 
 PACKED_FOR = 16
 """Rows that oneDNN lays the weight out for; other numbers of rows are multiplied with the same layout."""
@@ -32,8 +36,6 @@ FEW_ROWS = 8
 class Prepacked(Protocol):
     """The product x -> x W^T with a frozen weight."""
 
-    def __init__(self, weight_OI: Tensor): ...
-
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Return x W^T (T, O) in x's dtype."""
 
@@ -41,10 +43,25 @@ class Prepacked(Protocol):
         """Return the weight (O, I) that is multiplied with, in the dtype it was given in."""
 
 
-def prepacked(weight_OI: Tensor, form: Form = "float") -> Prepacked:
-    """Lay a weight out: as it is, in 8 bits with a scale for each output, in 4 bits with one for each 32 inputs, or in NF4."""
-    forms: dict[str, type[Prepacked]] = {"float": FloatWeight, "int8": Int8Weight, "int4": Int4Weight, "nf4": Nf4Weight}
-    return forms[form](weight_OI)
+def known_form(name: str) -> Form:
+    """Return `name` if it is a form of weights. Raises: ConfigError."""
+    for form in FORMS:
+        if form == name:
+            return form
+    raise ConfigError(f"form={name!r} is no form of weights.{did_you_mean(name, FORMS)} Write {', '.join(FORMS)}.")
+
+
+def prepacked(*parts_OI: Tensor, form: Form = "float") -> Prepacked:
+    """Lay a weight out, its parts one below the other: as it is, in 8 bits with a scale for each output, in 4 bits with one for
+    each 32 inputs, or in NF4, each part by itself.
+    """
+    if form == "nf4":
+        return Nf4Weight(*parts_OI)
+    dense = [part.read() if isinstance(part, PackedTensor) else part for part in parts_OI]
+    weight_OI = torch.cat(dense) if len(dense) > 1 else dense[0]
+    if form == "int8":
+        return Int8Weight(weight_OI)
+    return Int4Weight(weight_OI) if form == "int4" else FloatWeight(weight_OI)
 
 
 class FloatWeight:
@@ -124,18 +141,34 @@ class Int4Weight:
 
 
 class Nf4Weight:
-    """4-bit codes as in QLoRA, widened for each product: half a byte a weight, and no faster for it."""
+    """4-bit codes as in QLoRA, widened for each product: half a byte a weight, and no faster for it.
 
-    def __init__(self, weight_OI: Tensor):
-        self._stored = quantize_nf4(weight_OI)
+    Parts that are in NF4 keep their codes, so they are what an adapter was trained on; parts beside them that are not were left
+    out of that on purpose, and stay as they are.
+    """
+
+    def __init__(self, *parts_OI: Tensor):
+        is_packed = any(isinstance(part, PackedTensor) for part in parts_OI)
+        self._parts = [_nf4_part(part, stays=is_packed) for part in parts_OI]
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Return x W^T."""
-        return F.linear(x_TI, dequantize_nf4(self._stored, x_TI.dtype))
+        products = [F.linear(x_TI, _widened(part, x_TI.dtype)) for part in self._parts]
+        return torch.cat(products, 1) if len(products) > 1 else products[0]
 
     def dense(self) -> Tensor:
         """Return the weight that the codes stand for."""
-        return dequantize_nf4(self._stored)
+        return torch.cat([_widened(part, part.dtype) for part in self._parts])
+
+
+def _nf4_part(part_OI: Tensor, *, stays: bool) -> NF4Weight | Tensor:
+    if isinstance(part_OI, PackedTensor):
+        return part_OI.stored
+    return part_OI if stays else quantize_nf4(part_OI)
+
+
+def _widened(part: NF4Weight | Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize_nf4(part, dtype) if isinstance(part, NF4Weight) else part.to(dtype)
 
 
 def _has_layout(weight: Tensor) -> bool:

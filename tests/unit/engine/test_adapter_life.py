@@ -284,20 +284,6 @@ def test_an_adapter_that_could_not_be_made_active_can_be_asked_for_again(engine_
     assert len(active(engine)) == 1
 
 
-def test_a_listener_that_fails_harms_nobody(engine_of, folders, caplog) -> None:
-    engine = engine_of({"a": folders(1)})
-    (prompt,) = prompts_of([9])
-
-    def listen(event) -> None:
-        raise ZeroDivisionError("in the caller's code")
-
-    heard = engine.submit(prompt, adapter="a", sampling=of(5), on_event=listen)
-    beside = engine.submit(prompt, sampling=of(5))
-    assert len(heard.result(LONG).token_ids) == len(beside.result(LONG).token_ids) == 5
-    assert "in the caller's code" in caplog.text
-    engine.unload_adapter("a").result(LONG)
-
-
 # --- from a registry -------------------------------------------------------------------------------------------------
 
 

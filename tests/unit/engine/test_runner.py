@@ -152,6 +152,26 @@ def test_rows_of_one_adapter_take_the_short_way_and_are_the_same(rows):
         assert_same(logits[place], wanted)
 
 
+def test_long_prompts_of_one_adapter_run_together_and_stay_apart():
+    model = random_model(LAYOUTS["llama"])
+    pairs = {key: random_adapter(model, rank, rank) for key, rank in {"a": 4, "b": 3}.items()}
+    runner = Runner(decoder_for(model))
+    for key, own in pairs.items():
+        runner.activate(key, 4, own)
+    generator = torch.Generator().manual_seed(2)
+    requests = {
+        name: torch.randint(96, (size,), generator=generator).tolist()
+        for name, size in zip("abcdef", (40, 33, 5, 60, 35, 1), strict=True)
+    }
+    mixes = dict(zip(requests, ((("a", 1.0),), (("a", 1.0),), (("b", 1.0),), (("b", 1.0),), (("a", 0.5),), ()), strict=True))
+    for name, ids in requests.items():
+        runner.open(name, mixes[name], ids, 64)
+    logits = runner.step([Piece(name, ids) for name, ids in requests.items()]).logits
+    for row, (name, ids) in enumerate(requests.items()):
+        wanted = merged(model, *((pairs[key], strength) for key, strength in mixes[name]))
+        assert_same(logits[row], alone(wanted, ids)[-1])
+
+
 def test_an_adapter_on_the_output_layer_counts():
     model = random_model(LAYOUTS["llama"])
     pairs = random_adapter(model, 4, 3, ("lm_head", "v_proj"))

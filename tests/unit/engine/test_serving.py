@@ -280,3 +280,36 @@ def test_a_model_of_an_unknown_layout_is_served_by_its_own_forward(gpt2, byte_to
         assert answer.token_ids == tokens
         assert [each.logprob for each in answer.logprobs] == pytest.approx(logprobs, abs=1e-4)
     assert [len(each) for each in scores] == [20, 2]
+
+
+def test_on_its_own_forward_what_replaces_modules_is_served_alone_and_hurts_nobody(gpt2, byte_tokenizer):
+    model, folders = gpt2
+    wanted, _ = greedy(with_adapter(model, folders["plain"]), [1, 2], 40, [STOP])
+    half, _ = greedy(with_dense_updates(model, [(folders["plain"], 2.0, 0.5)], transposed=True), [1, 2], 8, [STOP])
+    with Engine(model, byte_tokenizer, adapters=folders) as engine:
+        for mix in ({"whole": 0.5}, {"whole": 1.0, "plain": 1.0}):
+            other = engine.submit([1, 2], adapter="plain", sampling=Sampling(max_new_tokens=40))
+            with pytest.raises(RuntimeError, match=r"'whole' replaces modules whole \(ln_f\), so it is served alone"):
+                engine.generate([[1, 2]], mix, Sampling(max_new_tokens=8))
+            assert other.result(60).token_ids == wanted
+        assert engine.generate([[1, 2]], {"plain": 0.5}, Sampling(max_new_tokens=8))[0].token_ids == half
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_in_training_is_served_without_dropout_and_left_as_it_was(build_tiny, byte_tokenizer, tmp_path, family):
+    model = build_tiny(family, **({"attention_dropout": 0.4} if family == "llama" else {}))
+    wanted, _ = greedy(model, [1, 2, 3], 20, [STOP])
+    targets = {"gpt2": {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "llama": {"target_modules": ["q_proj"]}}
+    folder = save_peft_adapter(model, tmp_path / "a", 0, r=2, lora_dropout=0.5, **targets[family])
+    worn, _ = greedy(with_adapter(model, folder), [1, 2, 3], 20, [STOP])
+    model.train()
+    model.get_input_embeddings().eval()
+    modes = [module.training for module in model.modules()]
+    names, values = zip(*model.named_parameters(), strict=True)
+    with Engine(model, byte_tokenizer, adapters={"a": folder}) as engine:
+        assert (engine.stats()["slow_because"] is not None) == (family == "gpt2")
+        answers = engine.generate([[1, 2, 3]] * 2, [None, "a"], Sampling(max_new_tokens=20))
+        assert [each.token_ids for each in answers] == [wanted, worn]
+    assert [module.training for module in model.modules()] == modes
+    assert tuple(name for name, _ in model.named_parameters()) == names
+    assert all(mine is other for mine, other in zip(model.parameters(), values, strict=True))

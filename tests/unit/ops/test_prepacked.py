@@ -23,7 +23,7 @@ def test_a_weight_in_floats_is_itself(dtype, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_coarser_weight_multiplies_as_what_it_says_it_is(form, shape, rows, dtype):
     weight, x = torch.randn(*shape).to(dtype), torch.randn(rows, shape[1]).to(dtype)
-    packed = prepacked(weight, form)
+    packed = prepacked(weight, form=form)
     wanted = x.double() @ packed.dense().double().T
     found = packed(x)
     assert found.dtype == dtype
@@ -34,17 +34,17 @@ def test_eight_bits_are_off_by_half_a_step_at_most():
     weight = torch.randn(32, 64)
     step = weight.abs().amax(1, keepdim=True) / 127
     # The scale itself has 8 bits, so the largest weights may be off by that much more.
-    assert ((prepacked(weight, "int8").dense() - weight).abs() <= 0.5 * step * 1.01 + weight.abs() / 256).all()
+    assert ((prepacked(weight, form="int8").dense() - weight).abs() <= 0.5 * step * 1.01 + weight.abs() / 256).all()
 
 
 def test_four_bits_are_off_by_half_a_step_at_most():
     weight = torch.randn(32, 64)
     groups = weight.view(32, 2, 32)
     step = (groups.amax(2) - groups.amin(2)) / 15
-    error = (prepacked(weight, "int4").dense().view(32, 2, 32) - groups).abs().amax(2)
+    error = (prepacked(weight, form="int4").dense().view(32, 2, 32) - groups).abs().amax(2)
     assert (error <= 0.5 * step * 1.2).all()
 
 
 def test_nf4_is_what_training_on_4_bits_saw():
     weight = torch.randn(32, 64)
-    assert torch.equal(prepacked(weight, "nf4").dense(), dequantize_nf4_plain(quantize_nf4(weight)))
+    assert torch.equal(prepacked(weight, form="nf4").dense(), dequantize_nf4_plain(quantize_nf4(weight)))
