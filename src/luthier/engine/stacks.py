@@ -201,7 +201,9 @@ class StepAdapters:
         self.rows = slice(short[0].start, short[-1].stop) if short else slice(0, 0)
         segments = [stacks.segments[key] for run in short for key, _ in run.mix]
         self.columns = slice(min((s.start for s in segments), default=0), max((s.columns.stop for s in segments), default=0))
-        is_one = len({run.mix for run in short}) == 1 and _is_whole(short[0].mix)
+        # Only where nothing lies between: prompts of the base come after the rows that go on, and before other prompts.
+        is_unbroken = sum(run.stop - run.start for run in short) == self.rows.stop - self.rows.start
+        is_one = is_unbroken and len({run.mix for run in short}) == 1 and _is_whole(short[0].mix)
         self.groups = None if is_one or not prefers_groups(stacks.dtype) else self._grouped(short)
         self.mask = None if is_one or self.groups else self._mask(short)
         self._rows_of: dict[int, Tensor] = {}

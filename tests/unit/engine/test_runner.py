@@ -172,6 +172,24 @@ def test_long_prompts_of_one_adapter_run_together_and_stay_apart():
         assert_same(logits[row], alone(wanted, ids)[-1])
 
 
+def test_the_base_s_prompt_between_rows_of_one_adapter_stays_the_base_s():
+    """Rows that go on come before prompts, so the only adapter of a step has rows on both sides of the base's prompt."""
+    model = random_model(LAYOUTS["llama"])
+    pairs = random_adapter(model, 4, 3)
+    runner = Runner(decoder_for(model))
+    runner.activate("a", 4, pairs)
+    texts = {"goes on": [1, 2, 3], "base": [4, 5, 6, 7], "begins": [8, 9]}
+    mixes = {"goes on": (("a", 1.0),), "base": (), "begins": (("a", 1.0),)}
+    for name, text in texts.items():
+        runner.open(name, mixes[name], [], 8)
+        if name == "goes on":
+            runner.step([Piece(name, text[:2])])
+    logits = runner.step([Piece("goes on", [3]), Piece("base", texts["base"]), Piece("begins", texts["begins"])]).logits
+    for row, (name, text) in enumerate(texts.items()):
+        wanted = merged(model, (pairs, 1.0)) if mixes[name] else model
+        assert_same(logits[row], alone(wanted, text)[-1])
+
+
 def test_an_adapter_on_the_output_layer_counts():
     model = random_model(LAYOUTS["llama"])
     pairs = random_adapter(model, 4, 3, ("lm_head", "v_proj"))
