@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from luthier.cli.evaluate import progress_bar
 from luthier.cli.output import quiet_transformers
+from luthier.cli.progress import progress_bar
 from luthier.core.atomic import write_atomic
 from luthier.evaluate.judgement import judge
 from luthier.evaluate.report import judgement_report

@@ -1,15 +1,14 @@
 """`luthier eval`: base and adapter on the same held-out rows, or on suites, side by side."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from luthier.cli.output import DTYPE, FORCE, JSON, MODEL, QUANTIZE, json_text, make_console, print_json
+from luthier.cli.progress import progress_bar
+from luthier.cli.suites import evaluate_suites
 from luthier.core.errors import ConfigError
-
-PLAIN_SECONDS = 15.0
 
 
 def evaluate(
@@ -51,8 +50,6 @@ def evaluate(
             raise ConfigError(
                 f"{', '.join(given)} would have no effect with --suite, which brings its own items; judge rows apart"
             )
-        from luthier.cli.suites import evaluate_suites
-
         evaluate_suites(
             adapter,
             suite,
@@ -109,30 +106,3 @@ def evaluate(
     if as_json:
         result.pop("samples")
         print_json(result)
-
-
-def progress_bar(console: Any) -> Any:
-    """Return a context manager that yields a callback (stage, done, total) and shows one bar per stage."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextmanager
-    def shown() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            tasks: dict[str, Any] = {}
-            last_line = time.monotonic()
-
-            def on_progress(stage: str, done: int, total: int) -> None:
-                nonlocal last_line
-                if stage not in tasks:
-                    tasks[stage] = progress.add_task(stage, total=total)
-                if not console.is_terminal and (done == total or time.monotonic() - last_line > PLAIN_SECONDS):
-                    last_line = time.monotonic()
-                    console.print(f"{stage}: {done}/{total} rows", style="dim", highlight=False)
-                progress.update(tasks[stage], completed=done)
-
-            yield on_progress
-
-    return shown()

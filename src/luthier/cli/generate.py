@@ -107,7 +107,7 @@ def answers(
     from contextlib import nullcontext
     from functools import partial
 
-    from luthier.cli.evaluate import progress_bar
+    from luthier.cli.progress import progress_bar
 
     sides = ready.sides(compare)
     pairs = [(ready.ids(messages), ready.adapter_of(side)) for messages in asked for side in sides]

