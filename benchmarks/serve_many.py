@@ -29,7 +29,7 @@ from serve import percentile, work_folder
 from serving.work import add_work_flags, make_prompts, write_adapters
 
 KV_TOKENS = 16_384
-"""Of all running requests, where --active asks for limits of its own; 32 clients need a quarter of it."""
+"""Of all running requests; 32 clients need a quarter of it."""
 
 COLD = 8
 """Adapters that no client asks for, kept for the question about the first token."""
@@ -78,7 +78,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit-gib", type=float, default=4.0)
     parser.add_argument("--store-gib", type=float, default=1.0, help="of it for adapters in memory")
-    parser.add_argument("--active", type=int, help="adapters in one step; default: the engine's own")
+    parser.add_argument("--active", type=int, default=32, help="adapters in one step: a place for each row")
     parser.add_argument("--tiny", action="store_true", help="one round of very little")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
         plan["model"],
         dtype=arguments.dtype,
         adapters=plan["adapters"],
-        limits=Limits(kv_tokens=KV_TOKENS, max_active_adapters=arguments.active) if arguments.active else None,
+        limits=Limits(kv_tokens=KV_TOKENS, max_active_adapters=arguments.active),
         prefix_cache=False,
         adapter_bytes=int(arguments.store_gib * 2**30),
     )
