@@ -6,7 +6,8 @@ that floods the engine leave another its share of tokens while both wait?
 
 The engine runs in a process of its own whose writable memory is limited by the kernel (RLIMIT_DATA: heap and private writable
 maps; RLIMIT_AS would count files that are only mapped); the most it had resident is told beside. Clients are threads in it that
-ask again as soon as they are answered. The last line on stdout is one JSON document.
+ask again as soon as they are answered. Seconds of a core are told beside seconds, since other jobs on a machine change the ones
+but not the others. The last line on stdout is one JSON document.
 """
 
 import argparse
@@ -26,6 +27,9 @@ from typing import Any
 
 from serve import percentile, work_folder
 from serving.work import add_work_flags, make_prompts, write_adapters
+
+KV_TOKENS = 16_384
+"""Of all running requests; 32 clients need a quarter of it."""
 
 COLD = 8
 """Adapters that no client asks for, kept for the question about the first token."""
@@ -74,6 +78,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit-gib", type=float, default=4.0)
     parser.add_argument("--store-gib", type=float, default=1.0, help="of it for adapters in memory")
+    parser.add_argument("--active", type=int, default=32, help="adapters in one step: a place for each row")
     parser.add_argument("--tiny", action="store_true", help="one round of very little")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -100,6 +105,7 @@ def run(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from luthier.engine import Engine
+    from luthier.engine.scheduler import Limits
     from luthier.train.memory import held_memory, peak_memory
 
     torch.set_num_threads(arguments.threads)
@@ -108,30 +114,46 @@ def run(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
         plan["model"],
         dtype=arguments.dtype,
         adapters=plan["adapters"],
+        limits=Limits(kv_tokens=KV_TOKENS, max_active_adapters=arguments.active),
         prefix_cache=False,
         adapter_bytes=int(arguments.store_gib * 2**30),
     )
     load_seconds = time.perf_counter() - began
     names = [name for name in plan["adapters"] if not name.startswith("cold")]
     rates: dict[str, list[float]] = {"eight": [], "many": []}
+    by_cpu: dict[str, list[float]] = {"eight": [], "many": []}
     firsts: dict[str, list[float]] = {"eight": [], "many": []}
-    closed_loop(engine, arguments, plan, lambda chance: names[chance.randrange(8)], seed=0)  # the eight are warm from here on
+    loads, steps = dict.fromkeys(rates, 0), dict.fromkeys(rates, 0)
+    for name in names[:8]:  # which are warm from here on
+        answer(engine, plan["prompts"][0], name, 1)()
+    closed_loop(engine, arguments, plan, lambda chance: names[chance.randrange(8)], seed=0)
     for turn in range(arguments.rounds):
         for case, draw in {"eight": lambda chance: names[chance.randrange(8)], "many": zipf(names)}.items():
+            before, cpu = engine.stats(), time.process_time()
             seconds, answered = closed_loop(engine, arguments, plan, draw, seed=1 + turn)
-            rates[case].append(sum(each.tokens for each in answered) / seconds)
+            tokens, after = sum(each.tokens for each in answered), engine.stats()
+            rates[case].append(tokens / seconds)
+            by_cpu[case].append(tokens / (time.process_time() - cpu))
             firsts[case] += [each.first - each.sent for each in answered]
-            print(f"round {turn + 1}, {case}: {rates[case][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
+            loads[case] += after["adapters"].loads - before["adapters"].loads
+            steps[case] += after["steps"] - before["steps"]
+            told = f"{rates[case][-1]:.1f} tokens/s, {by_cpu[case][-1]:.1f} in a second of a core"
+            print(f"round {turn + 1}, {case}: {told}", file=sys.stderr, flush=True)
+    requests = arguments.rounds * arguments.clients * arguments.requests
     found = {
-        "many_vs_eight": statistics.median(many / eight for many, eight in zip(rates["many"], rates["eight"], strict=True)),
+        "many_vs_eight": median_ratio(rates["many"], rates["eight"]),
+        "many_vs_eight_by_cpu": median_ratio(by_cpu["many"], by_cpu["eight"]),
         "tokens_per_s": {case: statistics.median(values) for case, values in rates.items()},
+        "tokens_per_cpu_s": {case: statistics.median(values) for case, values in by_cpu.items()},
+        "tokens_per_step": {case: requests * arguments.tokens / count for case, count in steps.items()},
+        "loads_per_request": {case: count / requests for case, count in loads.items()},
         "first_token_p50_s": {case: percentile(values, 0.5) for case, values in firsts.items()},
         "first_token_p95_s": {case: percentile(values, 0.95) for case, values in firsts.items()},
         "cold": first_tokens(engine, plan),
         "tenants": flood(engine, arguments, plan, names),
         "adapters": len(names),
-        "adapter_gib_on_disk": sum(file.stat().st_size for name in names for file in Path(plan["adapters"][name]).iterdir())
-        / 2**30,
+        "active_adapters": engine.limits.max_active_adapters,
+        "adapter_gib_on_disk": sum(size_on_disk(Path(plan["adapters"][name])) for name in names) / 2**30,
         "load_seconds": load_seconds,
         "limit_gib": arguments.limit_gib,
         "held_gib": held_memory() / 2**30,
@@ -143,6 +165,11 @@ def run(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
     }
     engine.close()
     return found
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the median over the rounds of the ratio inside a round."""
+    return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
 
 
 def zipf(names: Sequence[str]) -> Callable[[random.Random], str]:

@@ -15,8 +15,6 @@ from sqlalchemy import text
 from tests.postgres import postgres_programs
 from tests.tiny_run import save_tiny_model
 
-import luthier.engine
-
 ROWS = [
     {"text": f"put song {n} on my list", "intent": "AddToPlaylist", "slots": {"song": f"song {n}", "playlist": "my list"}}
     for n in range(9)
@@ -121,7 +119,6 @@ def test_serve_runs_tiny_beside_peft(root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(luthier.engine, "Engine"), reason="the engine is not joined yet")
 def test_serve_runs_tiny_with_luthier(root: Path, folder: Path) -> None:
     result = result_of(root, folder, *SERVE, "--only", "luthier", "peft")
     assert result["left_out"] == {}
@@ -134,13 +131,23 @@ def test_serve_runs_tiny_with_luthier(root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(luthier.engine, "Engine"), reason="the engine is not joined yet")
 def test_serve_many_runs_tiny(root: Path, folder: Path) -> None:
     result = result_of(root, folder, "serve_many.py", "--tiny", "--dtype", "float32", "--threads", "1")
-    assert result["adapters"] == 12 and result["many_vs_eight"] > 0
+    assert result["adapters"] == 12 and result["many_vs_eight"] > 0 and result["many_vs_eight_by_cpu"] > 0
+    assert result["loads_per_request"]["eight"] == 0 and result["active_adapters"] == 32
+    assert 1 <= result["tokens_per_step"]["many"] <= 4
     assert 0 < result["peak_gib"] <= result["limit_gib"] == 4
     assert min(result["cold"].values()) > 0
     assert 0 <= result["tenants"]["quiet_share_of_tokens"] <= 1
+
+
+@pytest.mark.slow
+def test_adapter_cycles_run_tiny(root: Path, folder: Path) -> None:
+    size = ("--cycles", "9", "--settle", "2", "--every", "3", "--adapters", "2", "--dtype", "float32", "--threads", "1")
+    result = result_of(root, folder, "adapter_cycles.py", *size)
+    assert list(result["held_mib"]) == ["2", "3", "6", "9"]
+    assert result["loads"] == result["cycles"] == 9
+    assert 0 < result["last_vs_start"] <= result["worst_vs_start"]
 
 
 def test_structured_runs_tiny(root: Path, folder: Path) -> None:

@@ -67,7 +67,8 @@ class EngineLoop:
             self._loading[job.id] = job
         try:
             for name in job.names:
-                job.futures[name] = self.host.store.acquire(name)
+                # One that holds nothing yet may wait for room: those who hold the memory run, and give it back.
+                job.futures[name] = self.host.store.acquire(name, waits_for_room=len(job.names) == 1)
         except Exception:
             self._loading.pop(job.id, None)
             self._inbox.put(partial(self._let_go, job))

@@ -1,13 +1,16 @@
 """AdapterStore: where an adapter is between its folder and the engine. Reads off the engine's thread, keeps in memory what fits.
 
     known -> loading -> resident <-> in use        a name is added, read when first acquired, kept until the memory is needed
-                     -> failed                     told to whoever waits; the next one who asks tries again
+             loading -> failed                     told to whoever waits; the next one who asks tries again
+             loading -> loading                    read again once there is room, for those who can wait for it
     unload: no new users, those that there are finish, then its memory goes back
 
 An adapter is its content: two names of the same bytes share them, and a folder that was changed has to be added again. What
-is in use is never evicted. Never touches the engine's stacks, nor decides who runs.
+is in use is never evicted. Those who wait for room get it in the order in which they asked. Never touches the engine's stacks,
+nor decides who runs.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -92,7 +95,10 @@ class StoreReport:
 
 @dataclass(eq=False)
 class _Name:
-    """What is known of a name. `key` is that of its content, from the first time it was read."""
+    """What is known of a name. `key` is that of its content, and `bytes` its size, from the first time it was read.
+
+    `patient` are those of `waiting` who wait for room too, since `turn`.
+    """
 
     name: str
     source: Source
@@ -100,6 +106,9 @@ class _Name:
     key: str | None = None
     is_loading: bool = False
     waiting: list[Future[AdapterWeights]] = field(default_factory=list)
+    patient: set[Future[AdapterWeights]] = field(default_factory=set)
+    turn: int = 0
+    bytes: int = 0
     loads: int = 0
     load_seconds: float = 0.0
     evictions: int = 0
@@ -125,7 +134,10 @@ class AdapterStore:
         self._names: dict[str, _Name] = {}
         self._leaving: dict[_Name, Future[None]] = {}
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._short_of_room: set[_Name] = set()
+        self._turns = itertools.count()
         self._loads, self._load_seconds, self._evictions, self._failures = 0, 0.0, 0, 0
+        self._is_closed = False
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="luthier-adapters")
 
     def add(self, name: str, source: str | Path | Source, *, force: bool = False) -> "Future[None]":
@@ -145,11 +157,13 @@ class AdapterStore:
         self.give_back(gone)
         return drained
 
-    def acquire(self, name: str) -> "Future[AdapterWeights]":
+    def acquire(self, name: str, *, waits_for_room: bool = False) -> "Future[AdapterWeights]":
         """Return the adapter `name`, at once or when it has been read. It stays in memory until `release(weights.key)`.
 
         A future that is cancelled before it is done needs no release. It fails with what `read_for_serving` and the source raise,
         and with AdapterStateError where it has no room beside what is in use; others that wait for other adapters do not notice.
+        With `waits_for_room` it fails so only where it is larger than all the room. Whoever holds another adapter meanwhile must
+        not wait so: two of that kind could wait for each other.
         Raises: AdapterStateError for a name that is not known or is being unloaded.
         """
         future: Future[AdapterWeights] = Future()
@@ -158,9 +172,13 @@ class AdapterStore:
             resident = self._residents.get(named.key) if named.key is not None else None
             if resident is None:
                 named.waiting.append(future)
-                if not named.is_loading:
-                    named.is_loading = True
-                    self._workers.submit(self._load, named)
+                if waits_for_room:
+                    named.turn = named.turn if named.patient else next(self._turns)
+                    named.patient.add(future)
+                if waits_for_room and self._short_of_room and not named.is_loading:
+                    self._short_of_room.add(named)  # behind those who asked before
+                elif not named.is_loading:
+                    self._start_loading(named)
                 return future
             assert named.key is not None
             self._residents.move_to_end(named.key)
@@ -176,6 +194,7 @@ class AdapterStore:
                 raise AdapterStateError(f"nobody holds an adapter {key[:16]!r}; each acquire is released once")
             resident.uses -= 1
             resident = None  # what goes must be gone when its memory is given back
+            self._use_room()
             gone = self._drained()
         self.give_back(gone)
 
@@ -221,7 +240,12 @@ class AdapterStore:
         """Wait for what is being read, and end the workers. Nothing can be acquired afterwards."""
         with self._lock:
             names, self._names = list(self._names.values()), {}
+            self._is_closed = True
+            left = [each for named in self._short_of_room for each in named.waiting if each.set_running_or_notify_cancel()]
+            self._short_of_room.clear()
             gone = [done for named in names for done in self._leave(named, Future())]
+        for future in left:
+            future.set_exception(AdapterStateError("there was no room for this adapter until the store was closed"))
         self.give_back(gone)
         self._workers.shutdown()
 
@@ -256,19 +280,26 @@ class AdapterStore:
         """Put what was read among the residents and give it to those who wait."""
         with self._lock:
             named.is_loading = False
-            waiting = [future for future in named.waiting if future.set_running_or_notify_cancel()]
-            named.waiting = []
             self._loads += 1
             self._load_seconds += seconds
             named.loads += 1
             named.load_seconds += seconds
+            waits_on: list[Future[AdapterWeights]] = []
             if weights is not None:
-                named.key = weights.key
+                named.key, named.bytes = weights.key, weights.bytes
                 weights, error = self._place(weights)
+                if weights is None and named.bytes <= self.limit_bytes and not self._is_closed:
+                    waits_on = [future for future in named.waiting if future in named.patient and not future.cancelled()]
+            waiting = [each for each in named.waiting if each not in waits_on and each.set_running_or_notify_cancel()]
+            named.waiting, named.patient = waits_on, set(waits_on)
+            if waits_on:
+                self._short_of_room.add(named)
+                error = None if not waiting else error
             if weights is not None:
                 self._residents[weights.key].uses += len(waiting)
             named.error = None if error is None else str(error)
             self._failures += error is not None
+            self._use_room()
             gone = self._drained()
         for future in waiting:
             if weights is not None:
@@ -310,6 +341,27 @@ class AdapterStore:
         self._residents[weights.key] = _Resident(weights)
         return weights, None
 
+    def _start_loading(self, named: _Name) -> None:
+        named.is_loading = True
+        self._workers.submit(self._load, named)
+
+    def _use_room(self) -> None:
+        """Have the first of those read that wait for room, if there is enough for it; of one never read, see then."""
+        while self._short_of_room:
+            named = min(self._short_of_room, key=lambda each: each.turn)
+            is_there = named.key in self._residents
+            if any(other.is_loading for other in self._names.values()):
+                return
+            if self._is_awaited(named) and not is_there and self._sum(in_use=True) + named.bytes > self.limit_bytes:
+                return
+            self._short_of_room.remove(named)
+            if any(not future.cancelled() for future in named.waiting):
+                self._start_loading(named)
+
+    def _is_awaited(self, named: _Name) -> bool:
+        """Whether it is read now, or will be once there is room for it."""
+        return named.is_loading or (named in self._short_of_room and any(not future.cancelled() for future in named.waiting))
+
     def _leave(self, named: _Name, drained: "Future[None]") -> "list[Future[None]]":
         self._leaving[named] = drained
         return self._drained()
@@ -320,10 +372,11 @@ class AdapterStore:
         for named in list(self._leaving):
             shared = named.key is not None and any(other.key == named.key for other in self._names.values())
             resident = self._residents.get(named.key) if named.key is not None else None
-            if named.is_loading or (resident is not None and resident.uses and not shared):
+            if self._is_awaited(named) or (resident is not None and resident.uses and not shared):
                 continue
             if resident is not None and not shared:
                 del self._residents[resident.weights.key]
+            self._short_of_room.discard(named)
             gone.append(self._leaving.pop(named))
         return gone
 
@@ -337,7 +390,7 @@ class AdapterStore:
             state = "draining"
         elif resident is not None:
             state = "resident"
-        elif named.is_loading:
+        elif self._is_awaited(named):
             state = "loading"
         return Residency(
             name=named.name,

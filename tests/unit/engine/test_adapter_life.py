@@ -131,6 +131,24 @@ def test_nobody_waits_for_ever_while_thirty_adapters_share_two_places(engine_of,
         assert all(each.result(LONG) > 1 for each in busy)  # and those two went on all the time
 
 
+def test_more_adapters_than_there_is_memory_for_wait_for_room(build_tiny, byte_tokenizer, folders) -> None:
+    """A queue of 20 adapters where three have room: those in it run and make way; only a mix, which holds some, is refused."""
+    asked = {f"a{seed}": folders(seed) for seed in range(20)}
+    (prompt,) = prompts_of([6])
+    with Engine(build_tiny("llama"), byte_tokenizer, adapters=asked, limits=Limits(kv_tokens=4096)) as engine:
+        wanted = [engine.submit(prompt, adapter=name, sampling=of(5)).result(LONG).token_ids for name in asked]
+        largest = max(each.bytes for each in engine.stats()["adapters"].adapters)
+    settings = Limits(kv_tokens=4096, max_active_adapters=2)
+    with Engine(
+        build_tiny("llama"), byte_tokenizer, adapters=asked, limits=settings, adapter_bytes=3 * largest, prefix_bytes=0
+    ) as engine:
+        handles = [engine.submit(prompt, adapter=name, sampling=of(5)) for name in asked for _ in range(2)]
+        answers = [handle.result(LONG).token_ids for handle in handles]
+        assert answers == [tokens for tokens in wanted for _ in range(2)]
+        report = engine.stats()["adapters"]
+        assert report.failures == 0 and report.resident_bytes <= 3 * largest and report.bytes_in_use == 0
+
+
 # --- leaving ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.engine_scene import wait_until
 from tests.served_adapters import TENSORS, cut_short, flip_bit, lose_tensors, poison, put_nan, save_random_adapter
 from torch import nn
 
@@ -277,6 +278,66 @@ def test_an_adapter_larger_than_the_whole_room_is_refused(stores: Stores, folder
     store.add("a", folders(0))
     with pytest.raises(AdapterStateError, match=rf"and 0 of the {size - 1:,}"):
         got(store.acquire("a"))
+
+
+def test_those_who_can_wait_for_room_get_it_in_their_order(stores: Stores, folders: Folders, size: int) -> None:
+    store = stores(limit_bytes=2 * size)
+    for seed in range(6):
+        store.add(f"a{seed}", folders(seed))
+    held = [got(store.acquire(f"a{seed}")) for seed in range(2)]
+    waiting = [store.acquire(f"a{seed}", waits_for_room=True) for seed in (2, 3, 4)]
+    with pytest.raises(AdapterStateError, match="are in use"):
+        got(store.acquire("a5"))  # who cannot wait is told
+    assert got(store.acquire("a1", waits_for_room=True)) is held[1]  # and what is there is there at once
+    assert [told(store, f"a{seed}").state for seed in (2, 3, 4)] == ["loading"] * 3
+    assert not any(future.done() for future in waiting)
+    store.release(held[0].key)
+    second = got(waiting[0])
+    assert second.name == "a2" and not waiting[1].done() and not waiting[2].done()
+    for _ in range(2):
+        store.release(held[1].key)
+    third = got(waiting[1])
+    assert third.name == "a3" and not waiting[2].done()
+    assert waiting[2].cancel()
+    store.release(second.key)
+    store.release(third.key)
+    assert store.residency().bytes_in_use == 0
+    assert got(store.acquire("a5", waits_for_room=True)).name == "a5"
+
+
+def test_one_name_is_awaited_by_the_patient_and_the_others(stores: Stores, folders: Folders, size: int) -> None:
+    store, source = stores(limit_bytes=size), Gated(folders(1))
+    store.add("a", folders(0))
+    store.add("b", source)
+    held = got(store.acquire("a"))
+    patient, other = store.acquire("b", waits_for_room=True), store.acquire("b")
+    source.may_go.set()
+    with pytest.raises(AdapterStateError, match="are in use"):
+        got(other)
+    assert not patient.done()
+    gone = store.unload("b")
+    store.release(held.key)
+    weights = got(patient)
+    assert weights.name == "b" and not gone.done()
+    store.release(weights.key)
+    gone.result(LONG)
+
+
+def test_waiting_for_room_ends_with_the_store_and_where_there_can_be_none(stores: Stores, folders: Folders, size: int) -> None:
+    narrow = stores(limit_bytes=size - 1)
+    narrow.add("a", folders(0))
+    with pytest.raises(AdapterStateError, match=rf"and 0 of the {size - 1:,}"):
+        got(narrow.acquire("a", waits_for_room=True))
+    store = stores(limit_bytes=size)
+    store.add("a", folders(0))
+    store.add("b", folders(1))
+    held = got(store.acquire("a"))
+    waits = store.acquire("b", waits_for_room=True)
+    wait_until(lambda: store.residency().loads == 2)
+    store.close()
+    with pytest.raises(AdapterStateError, match="until the store was closed"):
+        got(waits)
+    store.release(held.key)
 
 
 @pytest.mark.parametrize("seed", range(4))
