@@ -6,14 +6,14 @@ trial goes through the real `luthier.evaluate.decide`, beside two rules that are
 score is more than 2 points lower) and an unpaired z-test at 5 % in each suite. A rule rejects an adapter if it rejects any suite.
 
 Also: the same suites cut into slices; items that come in clusters and change together, where McNemar's test on single items
-stands beside the gate's; graded scores. The last line on stdout is one JSON document. `--trials 20 --items 100` is the tiny run
-of the tests.
+stands beside the gate's; graded scores, singly and in clusters. `--only graded` runs those alone. The last line on stdout is one
+JSON document. `--trials 4 --items 60` is the tiny run of the tests.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -25,8 +25,7 @@ from luthier.evaluate.statistics import mcnemar_drop_p_value
 
 ACCURACY = 0.60
 TOLERANCE = 0.02
-Draw = Callable[[np.random.Generator, int, float], tuple[Any, Any]]
-"""(generator, items, drop) -> the scores of base and candidate, both (items,)."""
+KINDS = ("single", "slices", "clusters", "graded", "graded-clusters")
 
 
 def main() -> None:
@@ -37,36 +36,38 @@ def main() -> None:
     parser.add_argument("--discordance", type=float, default=0.10)
     parser.add_argument("--drop", type=float, default=0.05)
     parser.add_argument("--cluster", type=int, default=5, help="items in a cluster that change together")
+    parser.add_argument("--only", nargs="*", default=[*KINDS], choices=[*KINDS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help=argparse.SUPPRESS)  # the other benchmarks have it
     parser.add_argument("--data", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    middle = arguments.items[len(arguments.items) // 2]
-    settings: list[tuple[str, int, Draw, int, int]] = [
-        (f"single items, n = {n}", n, partial(binary, discordance=arguments.discordance), 1, 0) for n in arguments.items
-    ]
-    settings += [
-        (f"in 5 slices, n = {middle}", middle, partial(binary, discordance=arguments.discordance), 1, 5),
-        (
-            f"in clusters of {arguments.cluster}, n = {middle}",
-            middle,
-            partial(clustered, discordance=arguments.discordance, size=arguments.cluster),
-            arguments.cluster,
-            0,
-        ),
-        (f"graded, n = {middle}", middle, partial(graded, discordance=2 * arguments.discordance), 1, 0),
-    ]
     found = {}
-    for name, items, draw, cluster, slices in settings:
-        trials = arguments.trials if name.startswith("single") else arguments.trials // 2
+    for name, kind, items in settings(arguments.only, arguments.items, arguments.cluster):
+        trials = arguments.trials if kind == "single" else arguments.trials // 2
         found[name] = {
-            change: measure(arguments, trials, items, draw, cluster, slices, drop)
+            change: measure(arguments, trials, items, kind, drop)
             for change, drop in (("unchanged", 0.0), ("drop", arguments.drop))
         }
         for change, figures in found[name].items():
             print(f"{name}, {change}: " + ", ".join(map(shown, figures.items())), file=sys.stderr, flush=True)
     print(table(found))
     print(json.dumps({"settings": vars(arguments), "found": found}))
+
+
+def settings(only: list[str], items: list[int], cluster: int) -> Iterator[tuple[str, str, int]]:
+    """Yield (name, kind, items): single items at every size, the other kinds at the middle one."""
+    middle = items[len(items) // 2]
+    names = {
+        "slices": f"in 5 slices, n = {middle}",
+        "clusters": f"in clusters of {cluster}, n = {middle}",
+        "graded": f"graded, n = {middle}",
+        "graded-clusters": f"graded in clusters of {cluster}, n = {middle}",
+    }
+    for kind in only:
+        if kind == "single":
+            yield from ((f"single items, n = {n}", kind, n) for n in items)
+        else:
+            yield names[kind], kind, middle
 
 
 def binary(rng: np.random.Generator, items: int, drop: float, *, discordance: float) -> tuple[Any, Any]:
@@ -76,25 +77,30 @@ def binary(rng: np.random.Generator, items: int, drop: float, *, discordance: fl
     return base * 1.0, (base ^ (rng.random(items) < np.where(base, lost, won))) * 1.0
 
 
-def clustered(rng: np.random.Generator, items: int, drop: float, *, discordance: float, size: int) -> tuple[Any, Any]:
-    """As `binary`, but the items of a cluster are alike and change together with probability 1/2, else each for itself."""
-    base, candidate = binary(rng, items, drop, discordance=discordance)
-    first = np.arange(items) // size * size
-    together = (rng.random(items) < 0.5)[first]
-    return np.where(together, base[first], base), np.where(together, candidate[first], candidate)
-
-
-def graded(rng: np.random.Generator, items: int, drop: float, *, discordance: float) -> tuple[Any, Any]:
+def graded(rng: np.random.Generator, items: int, drop: float, *, share: float) -> tuple[Any, Any]:
     """Quarters from 0 to 1 (a field F1, say); a share of the items is drawn anew, from a lower mean where there is a drop."""
     base = rng.binomial(4, ACCURACY, size=items) / 4
-    anew = rng.binomial(4, ACCURACY - drop / discordance, size=items) / 4
-    return base, np.where(rng.random(items) < discordance, anew, base)
+    anew = rng.binomial(4, ACCURACY - drop / share, size=items) / 4
+    return base, np.where(rng.random(items) < share, anew, base)
 
 
-def measure(
-    arguments: argparse.Namespace, trials: int, items: int, draw: Draw, cluster: int, slices: int, drop: float
-) -> dict[str, Any]:
+def together(rng: np.random.Generator, pair: tuple[Any, Any], size: int) -> tuple[Any, Any]:
+    """The items of a cluster are made alike, in both columns, with probability 1/2; else each stays for itself."""
+    first = np.arange(len(pair[0])) // size * size
+    alike = (rng.random(len(first)) < 0.5)[first]
+    base, candidate = (np.where(alike, column[first], column) for column in pair)
+    return base, candidate
+
+
+def measure(arguments: argparse.Namespace, trials: int, items: int, kind: str, drop: float) -> dict[str, Any]:
     """Return the share of trials that each rule rejects, the verdicts of the gate, and standard errors."""
+    cluster = arguments.cluster if "clusters" in kind else 1
+    slices = 5 if kind == "slices" else 0
+    draw = (
+        partial(graded, share=2 * arguments.discordance)
+        if "graded" in kind
+        else partial(binary, discordance=arguments.discordance)
+    )
     rng = np.random.default_rng([arguments.seed, items, cluster, slices])
     names = list(known_items(items, cluster, slices))
     counts: dict[str, int] = dict.fromkeys(("fail", "pass", "inconclusive", "found", "tolerance", "unpaired", "mcnemar"), 0)
@@ -105,6 +111,8 @@ def measure(
         gates = dict.fromkeys(("tolerance", "unpaired", "mcnemar"), False)
         for index in range(arguments.suites):
             ours, theirs = draw(rng, items, drop if index == 0 else 0.0)
+            if cluster > 1:
+                ours, theirs = together(rng, (ours, theirs), cluster)
             base.append(scores(index, names, ours))
             candidate.append(scores(index, names, theirs))
             gates["tolerance"] |= ours.mean() - theirs.mean() > TOLERANCE

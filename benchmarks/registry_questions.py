@@ -1,33 +1,39 @@
 """What does a question of governance cost in a large registry, and does it grow with the registry or with its answer?
 
 Fills a registry (10,000 versions of 500 adapters, 1,000 data sets, 200,000 rows of the index of people) and one of a tenth, on
-SQLite and on PostgreSQL (--postgres URL of an empty database; without it only SQLite), and asks each question of several data
-sets, people and versions: the median time, the size of the answer, and the scans of whole tables in SQLite's query plans. The
-answers grow or not as the graph does: chains of continued versions and of filtered data are as long in both. The last line on
-stdout is one JSON document. `--versions 200 --repeats 2` is the tiny run of the test suite.
+SQLite and on a PostgreSQL of its own where one is installed, and asks each question of several data sets, people and versions:
+the median time, the size of the answer, the scans of whole tables in the plans, and the pages that PostgreSQL looked at, which do
+not depend on what else the machine does. The answers grow or not as the graph does: chains of continued versions and of filtered
+data are as long in both. The last line on stdout is one JSON document. `--versions 200 --repeats 2` is the run of the tests.
 """
 
 import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from sqlalchemy import event, insert, text
-from sqlalchemy.orm import Session
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from luthier.registry import lineage
-from luthier.registry.columns import Audience, now
-from luthier.registry.database import Database
-from luthier.registry.place import Registry, open_registry
-from luthier.registry.production import in_production
-from luthier.registry.schema import (
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from sqlalchemy import event, insert, text  # noqa: E402
+from sqlalchemy.orm import Session  # noqa: E402
+from tests.postgres import fresh_database, postgres_programs, running_postgres  # noqa: E402
+
+from luthier.registry import lineage  # noqa: E402
+from luthier.registry.columns import Audience, now  # noqa: E402
+from luthier.registry.database import Database  # noqa: E402
+from luthier.registry.place import Registry, open_registry  # noqa: E402
+from luthier.registry.production import in_production  # noqa: E402
+from luthier.registry.schema import (  # noqa: E402
     Adapter,
     AdapterDataset,
     AdapterParent,
@@ -118,7 +124,7 @@ def questions(versions: int, repeats: int) -> dict[str, list[Callable[[Session],
 
 
 def measure(registry: Registry, versions: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Ask every question and return median milliseconds, rows of the answer, and scans of whole tables."""
+    """Ask every question and return median milliseconds, rows of the answer, and what the plans read."""
     found: dict[str, dict[str, Any]] = {}
     for name, calls in questions(versions, repeats).items():
         with registry.database.reading() as session:
@@ -129,14 +135,16 @@ def measure(registry: Registry, versions: int, repeats: int) -> dict[str, dict[s
                 sizes.append(call(session))
                 times.append((time.perf_counter() - began) * 1000)
                 cpu.append((time.process_time() - cpu_began) * 1000)
-        scans = whole_scans(registry.database, calls[0]) if registry.database.is_sqlite else None
         middle = {"ms": statistics.median(times), "cpu_ms": statistics.median(cpu), "rows": statistics.mean(sizes)}
-        found[name] = middle | {"worst_ms": max(times), "scans": scans}
+        plans = [explained(registry.database, call) for call in calls]
+        scans = sorted({table for tables, _ in plans for table in tables})
+        pages = None if registry.database.is_sqlite else statistics.mean(pages for _, pages in plans)
+        found[name] = middle | {"worst_ms": max(times), "scans": scans, "pages": pages}
     return found
 
 
-def whole_scans(database: Database, call: Callable[[Session], int]) -> list[str]:
-    """Return the steps of SQLite's plans for a question that read a whole table."""
+def explained(database: Database, call: Callable[[Session], int]) -> tuple[set[str], int]:
+    """Return the tables that a question reads whole, and the pages that it looks at (PostgreSQL; 8 KiB each)."""
     asked: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -146,53 +154,71 @@ def whole_scans(database: Database, call: Callable[[Session], int]) -> list[str]
     with database.reading() as session:
         call(session)
     event.remove(database.engine, "before_cursor_execute", note)
-    tables = {table.name for table in Adapter.metadata.sorted_tables}
+    known, tables, pages = {table.name for table in Adapter.metadata.sorted_tables}, set(), 0
     with database.engine.connect() as connection:
-        plans = [row[3] for one in asked for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {one[0]}", one[1])]
-    return [step for step in plans if step.startswith("SCAN") and step.split()[1] in tables]
+        for statement, parameters in asked:
+            if database.is_sqlite:
+                steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+                tables |= {step[3].split()[1] for step in steps if step[3].startswith("SCAN")}
+            else:  # ANALYZE runs it: what a question sets for its own plans is set here too
+                explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
+                plan = connection.exec_driver_sql(explain, parameters).scalar_one()[0]["Plan"]
+                pages += plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+                tables |= {step["Relation Name"] for step in _steps(plan) if step["Node Type"] == "Seq Scan"}
+    return tables & known, pages
+
+
+def _steps(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for inner in plan.get("Plans", []):
+        yield from _steps(inner)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--postgres", help="URL of a server's database; tables are made in it and dropped again")
+    parser.add_argument("--only", nargs="*", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
+    parser.add_argument("--postgres", help="another server, postgresql+psycopg://USER@/postgres?host=HOST; databases come and go")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    console = Console(stderr=True, width=150)
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("sqlite", "postgresql") if arguments.postgres else ("sqlite",):
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        server = arguments.postgres
+        if server is None and "postgresql" in arguments.only and (programs := postgres_programs()):
+            server = stack.enter_context(running_postgres(programs))
+        for kind in arguments.only if server else [kind for kind in arguments.only if kind == "sqlite"]:
             for versions in (arguments.versions // 10, arguments.versions):
-                url = str(arguments.postgres)
-                shared = f"{url}{'&' if '?' in url else '?'}blobs={folder}/blobs"
-                place = str(Path(folder) / f"{versions}") if kind == "sqlite" else shared
-                registry = open_registry(place, create=True)
-                try:
+                with empty_place(kind, Path(folder, str(versions)), server) as place:
+                    registry = open_registry(place, create=True)
                     fill(registry.database, versions)
                     result.setdefault(kind, {})[str(versions)] = measure(registry, versions, arguments.repeats)
-                finally:
-                    if kind == "postgresql":
-                        _drop_all(registry.database)
                     registry.database.engine.dispose()
+    console = Console(stderr=True, width=200)
     for kind, by_size in result.items():
-        table = Table(kind, *(f"{size}: {what}" for size in by_size for what in ("rows", "ms", "cpu ms", "worst")), "whole scans")
-        for name, one in list(by_size.values())[-1].items():
-            cells = [
-                f"{size[name]['rows']:.0f}" if what == "rows" else f"{size[name][what]:.1f}"
-                for size in by_size.values()
-                for what in ("rows", "ms", "cpu_ms", "worst_ms")
-            ]
-            table.add_row(name, *cells, ", ".join(one["scans"] or []))
-        console.print(table)
+        console.print(table_of(kind, by_size))
     print(json.dumps(result))
 
 
-def _drop_all(database: Database) -> None:
-    with database.engine.begin() as connection:
-        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-        connection.exec_driver_sql("CREATE SCHEMA public")
+@contextmanager
+def empty_place(kind: str, folder: Path, server: str | None) -> Iterator[str]:
+    """Give an empty place for a registry: the folder, or a database that is gone afterwards."""
+    if kind == "sqlite" or server is None:
+        yield str(folder)
+    else:
+        with fresh_database(server) as url:
+            yield f"{url}&blobs={folder}-blobs"
+
+
+def table_of(kind: str, by_size: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Return the table for people: a question a line, the small registry beside the large one."""
+    columns = {"rows": ".0f", "ms": ".1f", "cpu_ms": ".1f", "worst_ms": ".1f"} | ({"pages": ".0f"} if kind != "sqlite" else {})
+    table = Table(kind, *(f"{size}: {what}" for size in by_size for what in columns), "whole scans")
+    for name, one in list(by_size.values())[-1].items():
+        cells = [format(size[name][what], form) for size in by_size.values() for what, form in columns.items()]
+        table.add_row(name, *cells, ", ".join(one["scans"]))
+    return table
 
 
 if __name__ == "__main__":

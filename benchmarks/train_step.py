@@ -21,7 +21,7 @@ TCMALLOC = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "/usr/lib/aarc
 
 
 def main() -> None:
-    arguments = step_parser(__doc__, list(WORKERS), steps=3).parse_args()
+    arguments = step_parser(__doc__, [name for name in WORKERS if name != "gold"], steps=3).parse_args()
     if arguments.worker:
         print(json.dumps(WORKERS[arguments.worker](arguments)))
         return
@@ -64,16 +64,24 @@ def summary(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namesp
 
 def gold(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return how far loss and gradients of one step are from PEFT's in float64, relative, for PEFT and for luthier."""
+    known = vars(arguments) | {"rows": min(2, arguments.rows), "length": min(128, arguments.length), "steps": 0}
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder, f"{name}.safetensors") for name in ("peft", "luthier", "float64")}
-        for name, file in files.items():
-            known = vars(arguments) | {"rows": min(2, arguments.rows), "length": min(128, arguments.length), "steps": 0}
-            if name == "float64":
-                known["dtype"] = "float64"
-            run_worker("peft" if name == "float64" else name, argparse.Namespace(**known), None, ("--gold", str(file)))
-        from safetensors.torch import load_file
+        return run_worker("gold", argparse.Namespace(**known), None, ("--gold", folder))
 
-        tensors = {name: load_file(file) for name, file in files.items()}
+
+def gold_worker(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Take the first step of all three in one process, since nothing is timed; luthier's last, which settles the allocator."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for name, worker, dtype in (
+        ("peft", peft_worker, arguments.dtype),
+        ("float64", peft_worker, "float64"),
+        ("luthier", luthier_worker, arguments.dtype),
+    ):
+        file = Path(arguments.gold, f"{name}.safetensors")
+        worker(argparse.Namespace(**vars(arguments) | {"dtype": dtype, "gold": str(file)}))
+        tensors[name] = load_file(file)
     errors = {}
     for name in ("peft", "luthier"):
         ours, true = tensors[name], tensors["float64"]
@@ -129,6 +137,7 @@ WORKERS = {
     "luthier": luthier_worker,
     "luthier_compiled": lambda arguments: luthier_worker(arguments, compiled=True),
     "floor": floor_worker,
+    "gold": gold_worker,
 }
 
 

@@ -1,6 +1,7 @@
 """`luthier registry experiment`: A/B experiments on a surface."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import typer
 
@@ -11,6 +12,7 @@ from luthier.core.errors import ConfigError
 experiment_app = typer.Typer(
     help="A/B experiments: versions that share a surface for a while.", no_args_is_help=True, rich_markup_mode=None
 )
+Number = TypeVar("Number", int, float)
 SURFACE = typer.Argument(help="The surface.")
 ARM = typer.Option(
     ...,
@@ -82,6 +84,57 @@ def stop(
     _show(store, surface, experiment.name, as_json)
 
 
+@experiment_app.command("count")
+def count(
+    surface: str = SURFACE,
+    seen: list[str] = typer.Option(
+        ..., "--seen", metavar="NAME:VERSION=UNITS", help="An arm and how many more units have seen it; repeat it."
+    ),
+    epoch: int | None = typer.Option(None, min=1, help="The epoch they were counted in. Default: the present one."),
+    registry: str | None = REGISTRY,
+    as_json: bool = JSON,
+) -> None:
+    """Add to the exposures of the running experiment: sums by arm, no unit is kept."""
+    from luthier.registry.experiments import count_exposures, find_experiment
+    from luthier.registry.surfaces import find_surface
+    from luthier.registry.versions import find_version
+
+    counts = _by_arm("--seen", seen, int, "NAME:VERSION=UNITS, such as orders:4=120")
+    if min(counts.values()) < 0:
+        raise ConfigError("--seen adds; a count cannot be below 0")
+    store = opened(registry)
+    with store.database.writing() as session:
+        experiment = find_experiment(session, find_surface(session, surface))
+        for arm, units in counts.items():
+            count_exposures(session, experiment, {find_version(session, arm).id: units}, epoch=epoch)
+    _show(store, surface, experiment.name, as_json)
+
+
+@experiment_app.command("check")
+def check(
+    surface: str = SURFACE,
+    measured: list[str] = typer.Option(
+        ..., "--measured", metavar="NAME:VERSION=MEAN", help="The metric's mean for an arm; once for each, the control too."
+    ),
+    actor: str | None = ACTOR,
+    registry: str | None = REGISTRY,
+    as_json: bool = JSON,
+) -> None:
+    """Hold the guardrail against what was measured: an arm too bad ends it. Exit status: 0 it goes on, 1 stopped."""
+    from luthier.registry.experiments import check_guardrail, find_experiment
+    from luthier.registry.surfaces import find_surface
+    from luthier.registry.versions import find_version, name_of
+
+    means = _by_arm("--measured", measured, float, "NAME:VERSION=MEAN, such as orders:4=0.82")
+    store = opened(registry)
+    with store.database.writing() as session:
+        experiment = find_experiment(session, find_surface(session, surface))
+        named = {name_of(find_version(session, arm)): mean for arm, mean in means.items()}
+        why = check_guardrail(session, experiment, named, actor=caller(actor))
+    _show(store, surface, experiment.name, as_json, stopped=why)
+    raise typer.Exit(why is not None)
+
+
 @experiment_app.command("status")
 def status(
     surface: str = SURFACE,
@@ -93,7 +146,7 @@ def status(
     _show(opened(registry), surface, name, as_json)
 
 
-def _show(store: Any, surface: str, name: str | None, as_json: bool) -> None:
+def _show(store: Any, surface: str, name: str | None, as_json: bool, **more: str | None) -> None:
     console = make_console(as_json)
     from luthier.registry.experiments import experiment_status, find_experiment
     from luthier.registry.surfaces import find_surface
@@ -101,7 +154,7 @@ def _show(store: Any, surface: str, name: str | None, as_json: bool) -> None:
     with store.database.reading() as session:
         told = experiment_status(session, find_experiment(session, find_surface(session, surface), name))
     if as_json:
-        print_json(told)
+        print_json(told | more)
         return
     ended = f", ended {told['ended_at']:%Y-%m-%d %H:%M}" if told["ended_at"] else ""
     console.print(f"{told['name']} on {surface}, epoch {told['epoch']}, by {told['unit']}{ended}", highlight=False)
@@ -116,16 +169,27 @@ def _show(store: Any, surface: str, name: str | None, as_json: bool) -> None:
         console.print(
             f"The exposures do not fit the shares (p = {told['mismatch_p']:.2g}): do not compare the arms.", style="red"
         )
+    if why := more.get("stopped"):
+        console.print(f"Stopped: {why}. {told['control']} serves {surface} alone.", style="red", soft_wrap=True)
 
 
 def _weights(arms: list[str]) -> dict[str, int]:
-    weights = {}
-    for text in arms:
-        version, equals, share = text.rpartition("=")
-        if not equals or not share.isdecimal():
-            raise ConfigError(f"--arm {text!r} has no share; needed NAME:VERSION=SHARE, such as orders:4=1000")
-        weights[version] = int(share)
-    return weights
+    return _by_arm("--arm", arms, int, "NAME:VERSION=SHARE, such as orders:4=1000")
+
+
+def _by_arm(option: str, given: list[str], number: Callable[[str], Number], needed: str) -> dict[str, Number]:
+    """What an option says of each arm. Raises: ConfigError for what is no number, and for an arm that is named twice."""
+    found: dict[str, Number] = {}
+    for text in given:
+        version, equals, value = text.rpartition("=")
+        try:
+            if not equals or version in found:
+                raise ValueError
+            found[version] = number(value)
+        except ValueError:
+            twice = "names an arm twice" if version in found else "has no number"
+            raise ConfigError(f"{option} {text!r} {twice}; needed {needed}") from None
+    return found
 
 
 def _keys() -> Any:

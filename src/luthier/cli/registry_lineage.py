@@ -7,7 +7,7 @@ import typer
 
 from luthier.cli.output import JSON, make_console, print_json
 from luthier.cli.registry_data import SUBJECT_KEY, subject_key_of
-from luthier.cli.registry_opening import REGISTRY, opened, table_of
+from luthier.cli.registry_opening import REGISTRY, VERSION, opened, table_of
 from luthier.core.errors import ConfigError
 
 SUBJECT = typer.Option(None, help="A person's identifier, as in the column that was indexed.")
@@ -47,7 +47,7 @@ def trained_on(
 
 
 def lineage(
-    reference: str = typer.Argument(metavar="NAME:VERSION", help="A version."),
+    reference: str = VERSION,
     registry: str | None = REGISTRY,
     as_json: bool = JSON,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from luthier.cli.output import JSON, make_console, print_json
-from luthier.cli.registry_opening import REGISTRY, opened, table_of
+from luthier.cli.registry_opening import REGISTRY, VERSION, opened, table_of
 
 
 def list_registered(
@@ -65,7 +65,7 @@ def search(
 
 
 def show(
-    reference: str = typer.Argument(metavar="NAME[:VERSION|:ALIAS]", help="A version."),
+    reference: str = VERSION,
     registry: str | None = REGISTRY,
     as_json: bool = JSON,
 ) -> None:

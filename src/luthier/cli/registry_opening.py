@@ -16,6 +16,7 @@ REGISTRY = typer.Option(
     None, "--registry", metavar="PLACE", help="Folder, sqlite:///FILE or postgresql://...?blobs=PLACE. Default: LUTHIER_REGISTRY."
 )
 ACTOR = typer.Option(None, "--actor", help="Who does this, for the record. Default: LUTHIER_ACTOR, or the user of the system.")
+VERSION = typer.Argument(metavar="NAME[:VERSION|:ALIAS]", help="A version; the name alone where there is only one.")
 
 
 def opened(place: str | None, *, create: bool = False) -> "Registry":

@@ -5,9 +5,8 @@ from pathlib import Path
 import typer
 
 from luthier.cli.output import JSON, make_console, print_json
-from luthier.cli.registry_opening import ACTOR, REGISTRY, caller, opened, table_of
+from luthier.cli.registry_opening import ACTOR, REGISTRY, VERSION, caller, opened, table_of
 from luthier.cli.registry_serving import moment_of
-from luthier.cli.registry_surfaces import VERSION
 from luthier.core.errors import ConfigError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 
 from luthier.cli.output import JSON, make_console, print_json
-from luthier.cli.registry_opening import ACTOR, REGISTRY, caller, opened, table_of
-from luthier.cli.registry_surfaces import VERSION, audience_of
+from luthier.cli.registry_opening import ACTOR, REGISTRY, VERSION, caller, opened, table_of
+from luthier.cli.registry_surfaces import audience_of
 from luthier.core.errors import ConfigError, RegistryError
 
 EXPECT = typer.Option(

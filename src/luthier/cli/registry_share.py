@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from luthier.cli.output import JSON, make_console, print_json
-from luthier.cli.registry_opening import ACTOR, REGISTRY, caller, opened
+from luthier.cli.registry_opening import ACTOR, REGISTRY, VERSION, caller, opened
 from luthier.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from luthier.registry.facts import Facts
 
-VERSION = typer.Argument(metavar="NAME[:VERSION|:ALIAS]", help="A version.")
 FILE = typer.Option(None, "--out", "-o", help="File to write. Default: print it.")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from luthier.cli.output import JSON, make_console, print_json
-from luthier.cli.registry_opening import ACTOR, REGISTRY, caller, opened, table_of
+from luthier.cli.registry_opening import ACTOR, REGISTRY, VERSION, caller, opened, table_of
 from luthier.core.errors import ConfigError
 
 surface_app = typer.Typer(
@@ -13,7 +13,6 @@ surface_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-VERSION = typer.Argument(metavar="NAME:VERSION", help="A version, or NAME:ALIAS.")
 RULE = typer.Option(
     None,
     "--rule",

@@ -13,6 +13,7 @@ from torch import Tensor
 from luthier.core.errors import ConfigError
 from luthier.engine.decoder import Decoder
 from luthier.engine.layouts import Layout, UnknownLayoutError, layout_of
+from luthier.engine.modes import evaluating
 from luthier.engine.runner import Piece, Runner
 from luthier.ops.placement import device_kind
 from luthier.ops.prepacked import Form
@@ -43,7 +44,7 @@ def decoder_for(model: Any, form: Form = "float") -> Decoder:
     kind = device_kind(layout.embedding.device)
     if kind != "cpu" and form in ("int8", "int4"):
         raise ConfigError(f"form={form!r} is there for CPUs, and this model is on {kind}. Write 'float' or 'nf4'")
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         decoder = Decoder(layout, fast_products(layout.embedding), form)
         with _as_laid_out(layout, decoder, form):
             _compare(model, decoder, TOLERANCE[torch.bfloat16 if form != "float" else decoder.kept_in])

@@ -34,12 +34,14 @@ class Constraints:
             import llguidance.hf
         except ImportError as error:
             raise MissingExtraError("llguidance", "structured", "an answer of a given form") from error
-        if not stop_ids:
+        # A model's vocabulary may be padded; llguidance takes none of the tokens that only the model has.
+        ends = sorted(token for token in stop_ids if token < len(tokenizer))
+        if not ends:
             raise ConfigError("an answer of a given form ends with a stop token, but the model has none; name one (eos_token)")
         self._library = llguidance
         width = max(vocabulary, len(tokenizer))
         try:
-            self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=width, eos_token=sorted(stop_ids))
+            self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=width, eos_token=ends)
         except ValueError as error:
             raise ConfigError(f"llguidance cannot read this tokenizer ({type(tokenizer).__name__}): {error}") from error
         self._limit = limit

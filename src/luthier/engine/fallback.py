@@ -8,7 +8,6 @@ Shapes: T tokens of a piece, V vocabulary, B requests of a step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from luthier.adapt.switching import activate, disabled
 from luthier.engine.requests import Mix
 from luthier.engine.runner import Piece, Stepped, target_logprobs
 from luthier.formats.adapters import load_adapter
+from luthier.formats.folder import AdapterFolder
 
 
 @dataclass
@@ -30,18 +30,30 @@ class _Running:
 
 
 class FallbackRunner:
-    """Runs requests one after the other through a transformers model that adapters are attached to."""
+    """Runs requests one after the other through a transformers model that adapters are attached to.
+
+    Until `leave` the model is in evaluation mode and may wear adapters; afterwards it is as it came.
+    """
 
     def __init__(self, model: Any):
         self.model = model
+        self._modes = [(module, module.training) for module in model.modules()]
+        model.eval()
         self.device = next(model.parameters()).device
         self._running: dict[str, _Running] = {}
         self._attached: set[str] = set()
 
-    def activate_folder(self, key: str, folder: Path, *, force: bool = False) -> None:
-        """Attach an adapter of any kind."""
+    def activate_folder(self, key: str, folder: AdapterFolder, *, force: bool = False) -> None:
+        """Attach an adapter of any kind, as it was read."""
         load_adapter(self.model, folder, _name(key), force=force)
         self._attached.add(key)
+
+    def leave(self) -> None:
+        """Give the model back as it was."""
+        for key in list(self._attached):
+            self.deactivate(key)
+        for module, was_training in self._modes:
+            module.training = was_training
 
     def deactivate(self, key: str) -> None:
         """Take an adapter out of the model."""
@@ -53,7 +65,9 @@ class FallbackRunner:
         return 0
 
     def open(self, id: str, mix: Mix, prompt: Sequence[int], room: int) -> int:
-        """Begin a request."""
+        """Begin a request. Raises: AdapterStateError for adapters that the model cannot use together."""
+        if mix:
+            activate(self.model, {_name(key): weight for key, weight in mix})
         self._running[id] = _Running(mix, DynamicCache(config=self.model.config))
         return 0
 
@@ -73,7 +87,7 @@ class FallbackRunner:
             logits_TV = self._run(piece)
             if piece.targets is not None:
                 asked = [row for row, target in enumerate(piece.targets) if target >= 0]
-                scores[place] = target_logprobs(logits_TV[asked], [piece.targets[row] for row in asked])
+                scores[place] = target_logprobs(logits_TV[asked], [piece.targets[row] for row in asked]) if asked else []
             if piece.wants_logits:
                 logits.append(logits_TV[-1])
         return Stepped(torch.stack(logits) if logits else torch.empty(0, 0), scores)

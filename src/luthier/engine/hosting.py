@@ -6,10 +6,15 @@ a decoder of its own; on an architecture that is not known each is attached to t
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from luthier.adapt.packing import has_packed_layers
 from luthier.core.errors import AdapterStateError, ConfigError
@@ -69,12 +74,15 @@ class Host:
             self.runner = FallbackRunner(model)
         else:
             places = [path for projection in decoder.projections for path in projection.paths]
-            base = replace(ServedBase.of(model, places=places), weight=decoder.weight)
+            base = replace(ServedBase.of(model, places=places), weight=_weights_of(model, decoder))
             self.runner = Runner(decoder, prefix_bytes=prefix_bytes)
         self.store = AdapterStore(base, adapter_bytes)
 
-    def add(self, name: str, source: Any, *, force: bool = False) -> None:
-        """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS."""
+    def add(self, name: str, source: Any, *, force: bool = False) -> "Future[None]":
+        """Make an adapter known: a folder (or that of a run), or a Source; with a registry also NAME:VERSION or NAME:ALIAS.
+
+        The future tells when what the name meant before is gone.
+        """
         if isinstance(source, str | Path):
             folder = Path(source)
             inner = folder / "adapter"
@@ -82,7 +90,7 @@ class Host:
                 source = RegisteredSource(self._registry, str(source))
             else:
                 source = inner if inner.is_dir() else folder
-        self.store.add(name, source, force=force)
+        return self.store.add(name, source, force=force)
 
     def prepare(self, weights: AdapterWeights) -> Decoder | None:
         """Return the decoder of an adapter that has to be merged, None for all others. Slow: not for the engine's thread."""
@@ -101,7 +109,7 @@ class Host:
 
     def _merged(self, model: Any, weights: AdapterWeights) -> Decoder:
         assert weights.folder is not None and isinstance(self.runner, Runner)
-        load_adapter(model, weights.folder.path, "served", force=weights.is_forced)
+        load_adapter(model, weights.folder, "served", force=weights.is_forced)
         with tempfile.TemporaryDirectory(prefix="luthier-merged-") as folder:
             path = save_merged(model, Path(folder) / "model")
             del model
@@ -110,25 +118,43 @@ class Host:
     def check_mix(self, mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> None:
         """Raise AdapterStateError for what cannot be served together or at a strength."""
         for name, strength in mix.items():
-            whole = len(mix) == 1 and strength == 1.0
-            scaled = any(pair.magnitude is not None for pair in weights[name].pairs.values())
-            if not whole and (scaled or weights[name].needs_merge) and self.slow_because is None:
-                kind = "is a DoRA adapter" if scaled else f"has to be merged ({weights[name].needs_merge})"
-                raise AdapterStateError(f"adapter {name!r} {kind}, so it is served alone and at strength 1 only")
+            reason = self._is_alone(weights[name])
+            if reason is not None and not (len(mix) == 1 and strength == 1.0):
+                raise AdapterStateError(f"adapter {name!r} {reason}, so it is served alone and at strength 1 only")
+
+    def _is_alone(self, weights: AdapterWeights) -> str | None:
+        """Why an adapter can neither be scaled nor share a row with others, if so."""
+        if self.slow_because is not None:  # attached to the live model, where only what replaces modules is in the way
+            replaced = weights.folder.config.modules_to_save if weights.folder is not None else None
+            return f"replaces modules whole ({', '.join(replaced)})" if replaced else None
+        if any(pair.magnitude is not None for pair in weights.pairs.values()):
+            return "is a DoRA adapter"
+        return f"has to be merged ({weights.needs_merge})" if weights.needs_merge else None
 
     def activate(self, weights: AdapterWeights, merged: Decoder | None) -> None:
         """Let rows use an adapter from now on."""
         if isinstance(self.runner, FallbackRunner):
             assert weights.folder is not None
-            self.runner.activate_folder(weights.key, weights.folder.path, force=weights.is_forced)
+            self.runner.activate_folder(weights.key, weights.folder, force=weights.is_forced)
         elif merged is not None:
             self.runner.activate_merged(weights.key, merged)
         else:
             self.runner.activate(weights.key, weights.rank, weights.pairs)
 
+    def deactivate(self, key: str) -> None:
+        """Take an adapter out of the batch, or let its merged copy of the base go."""
+        self.runner.deactivate(key)
+
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Drop the beginnings of prompts that were computed with other adapters than these."""
+        if isinstance(self.runner, Runner) and self.runner.prefix is not None:
+            self.runner.prefix.keep_only(keys)
+
     def close(self) -> None:
-        """End the store's workers."""
+        """End the store's workers; a model that was served by its own forward is as before."""
         self.store.close()
+        if isinstance(self.runner, FallbackRunner):
+            self.runner.leave()
 
 
 def mix_of(adapter: str | Mapping[str, float] | None) -> dict[str, float]:
@@ -146,11 +172,17 @@ def keyed(mix: Mapping[str, float], weights: Mapping[str, AdapterWeights]) -> Mi
     return tuple(sorted((key, strength) for key, strength in summed.items() if strength))
 
 
-def _read(path: Path, dtype: Any) -> Any:
-    """Read a model that was written a moment ago, without a tokenizer."""
-    from transformers import AutoModelForCausalLM
+def _weights_of(model: Any, decoder: Decoder) -> Callable[[str], Tensor]:
+    """A way to the base's parameters by name once the model is let go: the decoder has the large ones, and the rest is small."""
+    paths = [path for projection in decoder.projections for path in projection.paths]
+    large = {f"{path}.weight" for path in (*paths, decoder.layout.embedding_path)}
+    small = {name: each.detach() for name, each in model.named_parameters() if name not in large}
+    return lambda name: small[name] if name in small else decoder.weight(name)
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+
+def _read(path: Path, dtype: torch.dtype) -> Any:
+    """The model as it was just written; without `load_model`, since there is no tokenizer beside it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True).eval()
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

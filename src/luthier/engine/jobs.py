@@ -1,5 +1,6 @@
 """A request on its way through the engine: what its caller holds, and what the engine carries along."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -13,6 +14,8 @@ from luthier.engine.text import TextStream
 
 if TYPE_CHECKING:
     from luthier.engine.adapters import AdapterWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Event:
 class Handle:
     """A request that was taken: iterate over its events, wait for its `result`, or `cancel` it.
 
-    With `on_event` events go there, in the engine's thread, and are not kept for iteration.
+    With `on_event` events go there, in the engine's thread, and are not kept for iteration; if it raises, the request ends.
     """
 
     def __init__(self, id: str, cancel: Callable[[str], None], on_event: Callable[[Event], None] | None = None):
@@ -69,10 +72,14 @@ class Handle:
                 self._result.set_exception(error)
             else:
                 self._result.set_result(event.completion)
-        if self._on_event is not None:
-            self._on_event(event)
-        else:
+        if self._on_event is None:
             self._events.put(event)
+            return
+        try:
+            self._on_event(event)
+        except Exception:  # the engine's thread has others to serve
+            log.exception("on_event of request %s failed; the request is cancelled", self.id)
+            self.cancel()
 
 
 @dataclass(eq=False)

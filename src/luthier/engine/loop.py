@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from luthier.core.errors import EngineError, QueueFullError
+from luthier.core.errors import EngineError
 from luthier.engine.adapters import AdapterWeights
 from luthier.engine.decoder import Decoder
 from luthier.engine.drawing import Drawn, draw
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Runs jobs until `close`. `submit`, `cancel`, `retire` and `close` may be called from any thread."""
+    """Runs jobs until `close`. `submit`, `cancel`, `when_drained` and `close` may be called from any thread."""
 
     def __init__(self, host: Host, limits: Limits):
         self.host, self.limits = host, limits
@@ -44,8 +44,10 @@ class EngineLoop:
         self._merged: dict[str, Future[Decoder | None]] = {}
         self._uses: Counter[str] = Counter()
         self._active: set[str] = set()
+        self._retiring: list[tuple[set[str], Future[None]]] = []
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="luthier-merging")
         self._is_closed = False
+        self._fault: EngineError | None = None
         self._thread = threading.Thread(target=self._loop, name="luthier-engine", daemon=True)
         self._thread.start()
 
@@ -57,10 +59,11 @@ class EngineLoop:
         with self._lock:
             if self._is_closed:
                 raise EngineError("this engine has been closed")
+            if self._fault is not None:
+                raise self._fault
             self._scheduler.check(ticket)
-            waiting = len(self._loading) + self._scheduler.waiting
-            if waiting >= self.limits.max_queue:
-                raise QueueFullError("the queue", waiting, self.limits.max_queue)
+            loading = list(self._loading.values())
+            self._scheduler.check_queue(job.tenant, len(loading), sum(each.tenant == job.tenant for each in loading))
             self._loading[job.id] = job
         try:
             for name in job.names:
@@ -75,9 +78,11 @@ class EngineLoop:
         """End a job, wherever it is."""
         self._inbox.put(partial(self._cancel, id))
 
-    def retire(self, key: str) -> None:
-        """Take an adapter that nobody uses out of the active set."""
-        self._inbox.put(partial(self._retire, key))
+    def when_drained(self, drained: "Future[None]") -> "Future[None]":
+        """Return a future that is done when what left the store has left the engine too."""
+        gone: Future[None] = Future()
+        drained.add_done_callback(lambda _: self._inbox.put(partial(self._retire, gone)))
+        return gone
 
     def snapshot(self) -> dict[str, Any]:
         """Return what runs and waits."""
@@ -94,6 +99,10 @@ class EngineLoop:
         self._thread.join()
         self._merging.shutdown()
         self.host.close()
+        while not self._inbox.empty():  # what came too late is told that this is the end
+            self._inbox.get()()
+        self._active.clear()
+        self._tell_retired()
 
     def _when_done(self, futures: "Iterable[Future[Any]]", call: Callable[[], None]) -> None:
         """Leave `call` in the inbox once all are done; in their order, so that who is first there is first served."""
@@ -107,23 +116,38 @@ class EngineLoop:
     # --- in the engine's thread --------------------------------------------------------------------------------
 
     def _loop(self) -> None:
+        try:
+            self._run_until_closed()
+            for job in [*self._jobs.values(), *self._loading.values()]:
+                self._end(job, "cancelled")
+        except Exception as error:
+            log.exception("the engine's thread failed, and all requests with it")
+            fault = EngineError(f"the engine stopped by a fault of its own ({error}); make a new one")
+            with self._lock:
+                self._fault = fault
+            for job in [*self._jobs.values(), *self._loading.values()]:
+                job.handle.give(Event("", (), (), job.completion("error", fault)), fault)
+
+    def _run_until_closed(self) -> None:
         while not self._is_closed:
             while not self._inbox.empty():
                 self._inbox.get()()
             with self._lock:
                 step = self._scheduler.plan(time.monotonic())
+            if step is not None:
+                self._run(step)
+            if self._retiring:
+                self._tell_retired()
             if step is None:
                 self._inbox.get()()
-            else:
-                self._run(step)
-        for job in [*self._jobs.values(), *self._loading.values()]:
-            self._end(job, "cancelled")
 
     def _run(self, step: Step) -> None:
         try:
             self._change(step)
             pieces = [Piece(id, (self._jobs[id].tokens[-1],)) for id in step.decode]
-            pieces += [self._piece(chunk) for chunk in step.prefill]
+            pieces += [self._piece(chunk) for chunk in step.prefill if chunk.id in self._jobs]
+            if not pieces:  # adapters left, and nothing runs
+                return
             stepped = self.host.runner.step(pieces)
             self.counts["steps"] += 1
             jobs = [self._jobs[piece.id] for piece in pieces if piece.wants_logits]
@@ -137,21 +161,30 @@ class EngineLoop:
             self._drawn(job, token)
 
     def _change(self, step: Step) -> None:
+        """Let adapters and requests in and out. A request that finds no memory for itself or its adapter fails alone."""
         for key in step.deactivated:
-            self.host.runner.deactivate(key)
-            self._active.discard(key)
+            if key in self._active:  # otherwise its activation had failed
+                self._active.remove(key)
+                self.host.deactivate(key)
             self._forget(key)
-        for key in step.activated:
+        for job in [self._jobs[id] for id in step.admitted]:
+            try:
+                for key, _ in job.mix:
+                    self._activate(key)
+                room = len(job.prompt) + job.sampling.max_new_tokens
+                job.reached = self.host.runner.open(job.id, job.mix, job.shared[: job.cached + 1], room)
+            except Exception as error:
+                log.exception("request %s cannot begin", job.id)
+                self._end(job, "error", error)
+                continue
+            job.is_open, job.cached = True, min(job.cached, job.reached)
+            self.counts["cached_tokens"] += job.reached
+
+    def _activate(self, key: str) -> None:
+        if key not in self._active:
             merged = self._merged.get(key)
             self.host.activate(self._weights[key], merged.result() if merged is not None else None)
             self._active.add(key)
-        for id in step.admitted:
-            job = self._jobs[id]
-            job.reached = self.host.runner.open(
-                id, job.mix, job.shared[: job.cached + 1], len(job.prompt) + job.sampling.max_new_tokens
-            )
-            job.is_open, job.cached = True, min(job.cached, job.reached)
-            self.counts["cached_tokens"] += job.reached
 
     def _piece(self, chunk: Chunk) -> Piece:
         job = self._jobs[chunk.id]
@@ -202,7 +235,8 @@ class EngineLoop:
         ids = dict.fromkeys((*step.decode, *(chunk.id for chunk in step.prefill), *step.admitted))
         log.exception("a step failed, and its %d requests with it", len(ids))
         for id in ids:
-            self._end(self._jobs[id], "error", error)
+            if id in self._jobs:
+                self._end(self._jobs[id], "error", error)
 
     # --- the life of a job ---------------------------------------------------------------------------------------
 
@@ -291,12 +325,26 @@ class EngineLoop:
             self.host.store.release(future.result().key)
 
     def _forget(self, key: str) -> None:
-        """Drop the engine's own hold on an adapter that no job has and that is not active."""
-        if self._uses[key] <= 0 and key not in self._active:
-            for kept in (self._weights, self._merged, self._uses):
-                kept.pop(key, None)
+        """Drop the engine's own hold on an adapter that no job has. A merged copy of the base is needed while it is active."""
+        if self._uses[key] > 0:
+            return
+        del self._uses[key]
+        self._weights.pop(key, None)
+        if key not in self._active:
+            self._merged.pop(key, None)
 
-    def _retire(self, key: str) -> None:
-        if self._uses[key] <= 0:
-            with self._lock:
+    def _retire(self, gone: "Future[None]") -> None:
+        """Something left the store: whatever has no name any more leaves the active set, and the memory of prompts."""
+        named = {each.key for each in self.host.store.residency().adapters if each.key is not None}
+        self.host.keep_only(named)
+        retiring = {key for key in self._active if key not in named and self._uses[key] <= 0}
+        with self._lock:
+            for key in retiring:
                 self._scheduler.mark_failed(key)
+        self._retiring.append((retiring, gone))
+
+    def _tell_retired(self) -> None:
+        """Tell those whose adapters are out, or were asked for again by another name."""
+        out = [gone for keys, gone in self._retiring if not any(key in self._active and self._uses[key] <= 0 for key in keys)]
+        self._retiring = [(keys, gone) for keys, gone in self._retiring if gone not in out]
+        self.host.store.give_back(out)

@@ -9,7 +9,7 @@ Shapes: L layers, H KV heads, D head width.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class PrefixCache:
         self.bytes = 0
         self.hits = self.misses = 0
         self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._made_with: dict[bytes, Mix] = {}
 
     def match(self, mix: Mix, tokens: Sequence[int]) -> int:
         """Return how many of the first tokens are kept, never all: the last one must run to be continued."""
@@ -62,11 +63,20 @@ class PrefixCache:
             at = place * BLOCK - start
             if at < 0 or digest in self._blocks:
                 continue
-            self._blocks[digest] = kept[:, :, :, at : at + BLOCK].clone()
+            self._blocks[digest], self._made_with[digest] = kept[:, :, :, at : at + BLOCK].clone(), mix
             self.bytes += self._blocks[digest].numel() * kept.element_size()
         while self.bytes > self.limit_bytes:
-            _, forgotten = self._blocks.popitem(last=False)
-            self.bytes -= forgotten.numel() * forgotten.element_size()
+            self._drop(next(iter(self._blocks)))
+
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Drop the blocks that were computed with an adapter that is none of these; those of the base stay."""
+        for digest in [digest for digest, mix in self._made_with.items() if any(key not in keys for key, _ in mix)]:
+            self._drop(digest)
+
+    def _drop(self, digest: bytes) -> None:
+        forgotten = self._blocks.pop(digest)
+        del self._made_with[digest]
+        self.bytes -= forgotten.numel() * forgotten.element_size()
 
 
 def _digests(mix: Mix, tokens: Sequence[int]) -> list[bytes]:

@@ -27,7 +27,7 @@ class Constraint(Settings):
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a constraint is exactly one of {', '.join(type(self).model_fields)}; given: {given or 'none'}")
-        if self.choice is not None and not all(self.choice):
+        if self.choice is not None and not (self.choice and all(self.choice)):
             raise ValueError("choice needs at least one text, and none of them empty")
         return self
 

@@ -180,22 +180,21 @@ class Scheduler:
         if faults:
             raise RequestError(f"request '{ticket.id}' cannot be served:\n" + "\n".join(f"  {fault}" for fault in faults))
 
-    @property
-    def waiting(self) -> int:
-        """How many requests wait."""
-        return len(self._waiting)
+    def check_queue(self, tenant: str, ahead: int = 0, ahead_of_tenant: int = 0) -> None:
+        """Raise QueueFullError if too many requests wait, counting `ahead` that are not added yet, some of them the tenant's."""
+        known, limit = self._tenants.get(tenant), self.limits.max_queue_per_tenant
+        waiting, of_tenant = len(self._waiting) + ahead, (known.waiting if known else 0) + ahead_of_tenant
+        if waiting >= self.limits.max_queue:
+            raise QueueFullError("the queue", waiting, self.limits.max_queue)
+        if limit is not None and of_tenant >= limit:
+            raise QueueFullError(f"the queue of tenant '{tenant}'", of_tenant, limit)
 
     def add(self, ticket: Ticket) -> None:
         """Let a request wait. Raises RequestError if it can never run, QueueFullError if too many wait already."""
         self.check(ticket)
         self._now = max(self._now, ticket.arrived)
-        known = self._tenants.get(ticket.tenant)
-        of_tenant, limit = known.waiting if known else 0, self.limits.max_queue_per_tenant
-        if len(self._waiting) >= self.limits.max_queue:
-            raise QueueFullError("the queue", len(self._waiting), self.limits.max_queue)
-        if limit is not None and of_tenant >= limit:
-            raise QueueFullError(f"the queue of tenant '{ticket.tenant}'", of_tenant, limit)
-        tenant = self._tenants.setdefault(ticket.tenant, known or _Tenant(ticket.tenant))
+        self.check_queue(ticket.tenant)
+        tenant = self._tenants.setdefault(ticket.tenant, _Tenant(ticket.tenant))
         self._idle.pop(tenant, None)
         mix = tuple(sorted(ticket.adapters))
         queue = tenant.queues.setdefault(mix, _Queue(tenant, mix))

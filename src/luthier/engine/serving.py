@@ -77,7 +77,7 @@ class Engine:
         self._stop_ids = self._host.eos_ids | (frozenset() if eos is None else {int(eos)})
         self._numbers = itertools.count()
         for name, source in (adapters or {}).items():
-            self.add_adapter(name, source)
+            self._host.add(name, source)
         release_thread_pool()
         self._loop = EngineLoop(self._host, self.limits)
 
@@ -146,9 +146,10 @@ class Engine:
     def add_adapter(self, name: str, source: Any, *, force: bool = False) -> None:
         """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet.
 
-        With `force` it is taken although it was trained on another base.
+        A name that is known means the new one from now on; the old one goes once those who have it are done. With `force` it is
+        taken although it was trained on another base.
         """
-        self._host.add(name, source, force=force)
+        self._loop.when_drained(self._host.add(name, source, force=force))
 
     def check_adapter(self, name: str) -> AdapterReport:
         """Read an adapter now, not with its first request, and say what is to be known of it here.
@@ -160,12 +161,12 @@ class Engine:
         return AdapterReport(weights.base, weights.needs_merge)
 
     def unload_adapter(self, name: str) -> "Future[None]":
-        """Forget a name: no new request gets it, those that have it finish. Done when its memory has been given back."""
-        keys = [each.key for each in self._host.store.residency().adapters if each.name == name and each.key is not None]
-        done = self._host.store.unload(name)
-        for key in keys:
-            done.add_done_callback(partial(lambda key, _: self._loop.retire(key), key))
-        return done
+        """Forget a name: no new request gets it, those that have it finish.
+
+        Done when its memory has been given back: of its weights, its place in the batch, and prompts that were read with it.
+        Raises: AdapterStateError for a name that is not known.
+        """
+        return self._loop.when_drained(self._host.store.unload(name))
 
     # --- requests --------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ is in use is never evicted. Never touches the engine's stacks, nor decides who r
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,6 @@ class _Name:
     key: str | None = None
     is_loading: bool = False
     waiting: list[Future[AdapterWeights]] = field(default_factory=list)
-    drained: Future[None] | None = None
     loads: int = 0
     load_seconds: float = 0.0
     evictions: int = 0
@@ -123,22 +123,27 @@ class AdapterStore:
         self.base, self.limit_bytes = base, limit_bytes
         self._lock = Lock()
         self._names: dict[str, _Name] = {}
-        self._leaving: list[_Name] = []
+        self._leaving: dict[_Name, Future[None]] = {}
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
         self._loads, self._load_seconds, self._evictions, self._failures = 0, 0.0, 0, 0
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="luthier-adapters")
 
-    def add(self, name: str, source: str | Path | Source, *, force: bool = False) -> None:
+    def add(self, name: str, source: str | Path | Source, *, force: bool = False) -> "Future[None]":
         """Make an adapter known under `name`: a folder, or whatever a Source gives (`RegisteredSource`). Reads nothing yet.
 
         With `force` it is taken although it was trained on another base, as by `load_adapter`. A name that is known means the
-        new one from now on; what the old one holds goes once nobody uses it.
+        new one from now on; what the old one holds goes once nobody uses it. The future is that of `unload` for the old one,
+        done already where there was none.
         """
         named = _Name(name, _folder_source(Path(source)) if isinstance(source, str | Path) else source, force)
+        drained: Future[None] = Future()
         with self._lock:
             replaced, self._names[name] = self._names.get(name), named
-            gone = self._leave(replaced) if replaced is not None else []
-        self._finish(gone)
+            gone = [] if replaced is None else self._leave(replaced, drained)
+        if replaced is None:
+            drained.set_result(None)
+        self.give_back(gone)
+        return drained
 
     def acquire(self, name: str) -> "Future[AdapterWeights]":
         """Return the adapter `name`, at once or when it has been read. It stays in memory until `release(weights.key)`.
@@ -172,7 +177,7 @@ class AdapterStore:
             resident.uses -= 1
             resident = None  # what goes must be gone when its memory is given back
             gone = self._drained()
-        self._finish(gone)
+        self.give_back(gone)
 
     def unload(self, name: str) -> "Future[None]":
         """Forget a name: nobody new gets it, those who have it or wait for it finish. Done when its memory has been given back
@@ -184,10 +189,19 @@ class AdapterStore:
             named = self._known(name)
             del self._names[name]
             drained: Future[None] = Future()
-            named.drained = drained
-            gone = self._leave(named)
-        self._finish(gone)
+            gone = self._leave(named, drained)
+        self.give_back(gone)
         return drained
+
+    def give_back(self, gone: "Iterable[Future[None]]") -> None:
+        """Have memory that was freed given back to the kernel, and tell these. A worker does it, since it takes milliseconds."""
+        waiting = list(gone)
+        if not waiting:
+            return
+        try:
+            self._workers.submit(_give_back, waiting)
+        except RuntimeError:  # closed
+            _give_back(waiting)
 
     def residency(self) -> StoreReport:
         """Return what is where, for metrics."""
@@ -207,8 +221,8 @@ class AdapterStore:
         """Wait for what is being read, and end the workers. Nothing can be acquired afterwards."""
         with self._lock:
             names, self._names = list(self._names.values()), {}
-            gone = [done for named in names for done in self._leave(named)]
-        self._finish(gone)
+            gone = [done for named in names for done in self._leave(named, Future())]
+        self.give_back(gone)
         self._workers.shutdown()
 
     # In a worker's thread
@@ -262,7 +276,7 @@ class AdapterStore:
             else:
                 future.set_exception(error)
         del weights
-        self._finish(gone)
+        self.give_back(gone)
 
     # Under the lock
 
@@ -296,8 +310,8 @@ class AdapterStore:
         self._residents[weights.key] = _Resident(weights)
         return weights, None
 
-    def _leave(self, named: _Name) -> "list[Future[None]]":
-        self._leaving.append(named)
+    def _leave(self, named: _Name, drained: "Future[None]") -> "list[Future[None]]":
+        self._leaving[named] = drained
         return self._drained()
 
     def _drained(self) -> "list[Future[None]]":
@@ -310,8 +324,7 @@ class AdapterStore:
                 continue
             if resident is not None and not shared:
                 del self._residents[resident.weights.key]
-            self._leaving.remove(named)
-            gone.append(named.drained or Future())
+            gone.append(self._leaving.pop(named))
         return gone
 
     def _sum(self, *, in_use: bool = False) -> int:
@@ -337,17 +350,6 @@ class AdapterStore:
             evictions=named.evictions,
             error=named.error,
         )
-
-    # Outside of it
-
-    def _finish(self, gone: "list[Future[None]]") -> None:
-        """Have freed memory given back, and tell those who wait for that. A worker does it, since it takes milliseconds."""
-        if not gone:
-            return
-        try:
-            self._workers.submit(_give_back, gone)
-        except RuntimeError:  # closed
-            _give_back(gone)
 
 
 def _give_back(gone: "list[Future[None]]") -> None:

@@ -13,37 +13,25 @@ Pure functions on text, no torch.
 
 import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luthier.core.errors import MissingExtraError
-from luthier.evaluate.metrics import INVALID, exact_match, parse_json, same_value, says_a_key_twice
-
-if TYPE_CHECKING:
-    from luthier.evaluate.items import GenerateItem
-    from luthier.evaluate.suites import GenerateSuite
-
-LIKENESS = frozenset({"bleu", "chrf", "rouge-l"})
-NUMBER = re.compile(r"-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?")
+from luthier.evaluate.definitions import LIKENESS, GenerateSuite
+from luthier.evaluate.items import GenerateItem
+from luthier.evaluate.metrics import INVALID, exact_match, number_in, parse_json, same_value, says_a_key_twice
 
 
-def score_answer(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> float:
+def score_answer(asked: GenerateSuite, item: GenerateItem, answer: str) -> float:
     """Return the score of one answer. Raises: MissingExtraError if the rule's library is not installed."""
     return float(_RULES[asked.score](asked, item, answer))
 
 
-def check_libraries(asked: "GenerateSuite") -> None:
+def check_libraries(asked: GenerateSuite) -> None:
     """Raise MissingExtraError now, rather than after an hour of answers, if what scores them is not installed."""
     if asked.score in LIKENESS:
         _sacrebleu()
         _rouge()
-
-
-def number_in(text: str) -> Decimal | None:
-    """Return the value of the last number in a text: thousands may have commas, a dollar sign may stand before it."""
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
 def corpus_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -62,48 +50,48 @@ def corpus_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -
     }
 
 
-def _exact(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> bool:
+def _exact(asked: GenerateSuite, item: GenerateItem, answer: str) -> bool:
     said = answer if asked.pattern is None else _last_match(asked.pattern, answer)
     return said is not None and any(exact_match(said, each, case_folded=asked.case_folded) for each in item.references)
 
 
-def _number(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> bool:
+def _number(asked: GenerateSuite, item: GenerateItem, answer: str) -> bool:
     said = answer if asked.pattern is None else _last_match(asked.pattern, answer)
     value = None if said is None else number_in(said)
     return value is not None and any(value == number_in(each) for each in item.references)
 
 
-def _contains(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> bool:
+def _contains(asked: GenerateSuite, item: GenerateItem, answer: str) -> bool:
     said, wanted = answer, list(item.references)
     if asked.case_folded:
         said, wanted = said.casefold(), [each.casefold() for each in wanted]
     return any(each.strip() in said for each in wanted)
 
 
-def _json_valid(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> bool:
+def _json_valid(asked: GenerateSuite, item: GenerateItem, answer: str) -> bool:
     value = parse_json(answer)
     return value is not INVALID and not says_a_key_twice(value)
 
 
-def _json_fields(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> float:
+def _json_fields(asked: GenerateSuite, item: GenerateItem, answer: str) -> float:
     got, want = _leaves(parse_json(answer)), _leaves(parse_json(item.references[0]))
     hits = sum(path in got and same_value(got[path], value, case_folded=asked.case_folded) for path, value in want.items())
     return 2 * hits / (len(got) + len(want))
 
 
-def _checks(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> bool:
+def _checks(asked: GenerateSuite, item: GenerateItem, answer: str) -> bool:
     return all(check.holds(answer) for check in item.checks)
 
 
-def _bleu(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> float:
+def _bleu(asked: GenerateSuite, item: GenerateItem, answer: str) -> float:
     return float(_sacrebleu().sentence_bleu(answer, list(item.references)).score) / 100
 
 
-def _chrf(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> float:
+def _chrf(asked: GenerateSuite, item: GenerateItem, answer: str) -> float:
     return float(_sacrebleu().sentence_chrf(answer, list(item.references)).score) / 100
 
 
-def _rouge_l(asked: "GenerateSuite", item: "GenerateItem", answer: str) -> float:
+def _rouge_l(asked: GenerateSuite, item: GenerateItem, answer: str) -> float:
     return _best_rouge(answer, item.references)
 
 
@@ -111,7 +99,7 @@ def _best_rouge(answer: str, references: Sequence[str]) -> float:
     return max(float(_rouge().score(reference, answer)["rougeL"].fmeasure) for reference in references)
 
 
-_RULES: dict[str, Callable[["GenerateSuite", "GenerateItem", str], float]] = {
+_RULES: dict[str, Callable[[GenerateSuite, GenerateItem, str], float]] = {
     "exact": _exact,
     "number": _number,
     "contains": _contains,

@@ -7,16 +7,13 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luthier.data.faults import RowFaults
 from luthier.data.templates import RowTemplate
-from luthier.evaluate.answers import number_in
 from luthier.evaluate.checks import Check, read_checks
-from luthier.evaluate.metrics import is_json_container
-
-if TYPE_CHECKING:
-    from luthier.evaluate.suites import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite, SuiteDefinition
+from luthier.evaluate.definitions import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite, SuiteDefinition
+from luthier.evaluate.metrics import is_json_container, number_in
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class RollingItem(Item):
         return (self.text,)
 
 
-def make_items(definition: "SuiteDefinition", rows: Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
+def make_items(definition: SuiteDefinition, rows: Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
     """Return the items of the rows that `where` lets through, limited as the definition says, in the order of the rows.
 
     Raises: DataError listing what is wrong with the rows, names that come twice among it; or that no row is left.
@@ -109,7 +106,7 @@ def make_items(definition: "SuiteDefinition", rows: Sequence[Mapping[str, Any]])
     return tuple(items[place] for place in _chosen(len(items), definition))
 
 
-def _chosen(n: int, definition: "SuiteDefinition") -> Sequence[int]:
+def _chosen(n: int, definition: SuiteDefinition) -> Sequence[int]:
     if definition.limit is None or definition.limit >= n:
         return range(n)
     if definition.seed is None:
@@ -120,7 +117,7 @@ def _chosen(n: int, definition: "SuiteDefinition") -> Sequence[int]:
 class _Maker:
     """The templates of one definition, compiled once."""
 
-    def __init__(self, definition: "SuiteDefinition") -> None:
+    def __init__(self, definition: SuiteDefinition) -> None:
         self._definition = definition
         self._templates: dict[str, RowTemplate] = {}
         self._build: Any = {"choice": self._choice, "pairs": self._pair, "generate": self._generate, "rolling": self._rolling}[
@@ -141,7 +138,7 @@ class _Maker:
         made: Item = self._build(asked, row, (name, cluster, tuple(part for part in slices if part)))
         return made
 
-    def _choice(self, asked: "ChoiceSuite", row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
+    def _choice(self, asked: ChoiceSuite, row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
         options = self._list("options", asked.options, row) if isinstance(asked.options, str) else list(asked.options)
         if len(options) < 2 or not all(isinstance(option, str) and option for option in options):
             raise ValueError(f"has the options {options!r}; needed are two or more texts, none of them empty")
@@ -151,13 +148,13 @@ class _Maker:
         prompt = self._text("prompt", asked.prompt, row) if asked.prompt else ""
         return ChoiceItem(*common, prompt, tuple(options), int(said))
 
-    def _pair(self, asked: "PairsSuite", row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
+    def _pair(self, asked: PairsSuite, row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
         good, bad = self._text("good", asked.good, row), self._text("bad", asked.bad, row)
         if good == bad:
             raise ValueError(f"has the same text as good and as bad, {good[:60]!r}")
         return PairItem(*common, good, bad)
 
-    def _generate(self, asked: "GenerateSuite", row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
+    def _generate(self, asked: GenerateSuite, row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
         checks = self._list("checks", asked.checks, row) if isinstance(asked.checks, str) else asked.checks or ()
         references: list[Any] = []
         if asked.references is not None:
@@ -174,7 +171,7 @@ class _Maker:
             raise ValueError(f"has the reference {references[0][:60]!r}, which is no JSON object or array")
         return GenerateItem(*common, self._text("prompt", asked.prompt, row), tuple(references), read_checks(checks))
 
-    def _rolling(self, asked: "RollingSuite", row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
+    def _rolling(self, asked: RollingSuite, row: Mapping[str, Any], common: tuple[str, str, tuple[str, ...]]) -> Item:
         return RollingItem(*common, self._text("text", asked.text, row))
 
     def _list(self, name: str, source: str, row: Mapping[str, Any]) -> list[Any]:

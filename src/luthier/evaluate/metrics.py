@@ -12,6 +12,7 @@ With `case_folded` upper and lower case are the same in text and in JSON strings
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -34,6 +35,8 @@ class _NoValue:
 INVALID = _NoValue("INVALID")
 REPEATED = _NoValue("REPEATED")
 """The value of a key that its object says more than once."""
+
+NUMBER = re.compile(r"-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,12 @@ def is_json_container(text: str) -> bool:
     """Whether a text is a JSON object or array; bare numbers and words are better judged as text."""
     value = parse_json(text)
     return isinstance(value, dict | list) and not says_a_key_twice(value)
+
+
+def number_in(text: str) -> Decimal | None:
+    """Return the value of the last number in a text: thousands may have commas, a dollar sign may stand before it."""
+    found = NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
 def parse_json(text: str) -> Any:

@@ -13,7 +13,7 @@ from luthier.data.encode import encode_continuations, leading_ids, render_prompt
 from luthier.data.messages import Example, Message
 
 if TYPE_CHECKING:
-    from luthier.evaluate.suites import ChoiceSuite, GenerateSuite
+    from luthier.evaluate.definitions import ChoiceSuite, GenerateSuite
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")
 """What families without a bos of their own put between documents."""

@@ -23,8 +23,9 @@ from typing import Any
 from luthier.core.errors import ConfigError, DataError, did_you_mean
 from luthier.data.faults import RowFaults
 from luthier.data.read import read_rows
+from luthier.evaluate.definitions import define
 from luthier.evaluate.ifeval import ifeval_rows
-from luthier.evaluate.suites import Suite, define, file_digest, load_suite
+from luthier.evaluate.suites import Suite, file_digest, load_suite
 
 Rows = list[dict[str, Any]]
 Notes = tuple[str, ...]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
 from luthier.evaluate.answers import check_libraries, score_answer
+from luthier.evaluate.definitions import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite
 from luthier.evaluate.items import ChoiceItem, GenerateItem, PairItem, RollingItem
 from luthier.evaluate.scores import ItemScore, SuiteScores
-from luthier.evaluate.suites import ChoiceSuite, GenerateSuite, PairsSuite, RollingSuite, Suite
+from luthier.evaluate.suites import Suite
 
 if TYPE_CHECKING:
     from luthier.evaluate.base_cache import BaseScores

@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from luthier.evaluate.answers import LIKENESS, corpus_scores
+from luthier.evaluate.answers import corpus_scores
+from luthier.evaluate.definitions import LIKENESS
 from luthier.evaluate.statistics import mcnemar_p_value
 
 if TYPE_CHECKING:

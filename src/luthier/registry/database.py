@@ -111,6 +111,25 @@ def take_lock(session: Session, name: str, *, shared: bool = False) -> None:
         session.execute(text(f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}(:key)"), {"key": lock_key(name)})
 
 
+@contextmanager
+def walking(session: Session) -> Iterator[None]:
+    """Have PostgreSQL answer by indexes while the block runs, as SQLite does; for walks from row to row.
+
+    Its planner takes each step of a recursion to find ten times as much as the last. So it expects 100,000 rows where 100 come,
+    and reads whole tables for them: a question then costs as much as the registry is large, whatever its answer.
+    """
+    if session.get_bind().dialect.name != "postgresql":
+        yield
+        return
+    setting = text(
+        "SELECT set_config('enable_seqscan', :on, true), set_config('enable_hashjoin', :on, true), "
+        "set_config('enable_mergejoin', :on, true)"
+    )
+    session.execute(setting, {"on": "off"})
+    yield
+    session.execute(setting, {"on": "on"})  # not after an error: that ended the transaction, and the settings with it
+
+
 def add_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
     """Add a row unless one with its key is there, whoever adds it at this moment; returns whether it was added."""
     insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert

@@ -40,6 +40,7 @@ from luthier.registry.schema import (
 
 BATCH = 10_000
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
+ADD_IT = "Add it with: luthier registry data add"
 INDEXED = "data.subjects"
 """The audit event that says under which key a version was indexed."""
 
@@ -159,12 +160,11 @@ def find_versions(session: Session, named: str) -> list[DatasetVersion]:
     found = list(session.scalars(query if number is None else query.where(DatasetVersion.version == number)))
     if not found:
         known = list(session.scalars(select(Dataset.name)))
-        hint = (
-            did_you_mean(name, known)
-            if name not in known
-            else f" {name} has other versions: `luthier registry data show {name}`."
-        )
-        raise RegistryError(f"There is no data set {named}.{hint}")
+        if name in known:
+            hint = f"{name} has other versions: luthier registry data show {name}"
+        else:
+            hint = did_you_mean(name, known).strip() or ADD_IT
+        raise RegistryError(f"There is no data set {named} in this registry. {hint}")
     return found
 
 
@@ -174,6 +174,11 @@ def find_version(session: Session, named: str) -> DatasetVersion:
     if len(found) > 1:
         raise RegistryError(f"{named} has {len(found)} versions; say which, as in {named}:{found[-1].version}")
     return found[0]
+
+
+def find_content(session: Session, digest: str) -> list[DatasetVersion]:
+    """Return every version with the content of this digest, in whichever data set, oldest first; none of them is no error."""
+    return list(session.scalars(select(DatasetVersion).filter_by(digest=digest).order_by(DatasetVersion.id)))
 
 
 def list_data(session: Session) -> list[dict[str, Any]]:
@@ -246,9 +251,7 @@ def _refuse_erased(session: Session, digest: str, people: set[bytes], parents: l
     faults = []
     if session.get(Blocked, digest):
         faults.append("this content was erased and may not come back")
-    elif session.scalar(
-        select(DatasetVersion.id).where(DatasetVersion.digest == digest, DatasetVersion.state != DataState.ACTIVE)
-    ):
+    elif any(version.state is not DataState.ACTIVE for version in find_content(session, digest)):
         faults.append("this content is frozen, because it is being erased")
     if people:
         erased = session.scalars(select(Blocked.digest).join(ErasureRequest).where(ErasureRequest.kind == "subject"))

@@ -118,7 +118,7 @@ def check_guardrail(session: Session, experiment: Experiment, measured: Mapping[
     """Stop the experiment if an arm is worse than the guardrail allows, and return why; None if all goes on.
 
     `measured` has the metric's mean for every arm (orders:4 -> 0.82). Arms that too few units have seen are not judged yet.
-    Raises: RegistryError if there is no guardrail, or a measure for an arm (or the control) is missing.
+    Raises: RegistryError if there is no guardrail, a measure for an arm (or the control) is missing, or one is of no arm.
     """
     serving_lock(session)
     if experiment.guardrail["rule"] is None:
@@ -127,6 +127,8 @@ def check_guardrail(session: Session, experiment: Experiment, measured: Mapping[
     seen, names = exposures(session, experiment), arms_of(session, experiment)
     if missing := sorted(names.keys() - measured.keys()):
         raise RegistryError(f"{rule.metric} of {', '.join(missing)} is missing")
+    if others := sorted(measured.keys() - names.keys()):
+        raise RegistryError(f"{', '.join(others)}: no arm of {experiment.name!r}; its arms are {', '.join(names)}")
     control = name_of(session.get_one(AdapterVersion, experiment.guardrail["control"]))
     for arm, deployment in names.items():
         few = min(seen[deployment.version_id], seen[names[control].version_id]) < rule.exposures
@@ -138,8 +140,16 @@ def check_guardrail(session: Session, experiment: Experiment, measured: Mapping[
     return None
 
 
-def count_exposures(session: Session, experiment: Experiment, counts: Mapping[int, int]) -> None:
-    """Add to the numbers of units that saw each arm (by version id) in this epoch. Raises: RegistryError for what is no arm."""
+def count_exposures(session: Session, experiment: Experiment, counts: Mapping[int, int], *, epoch: int | None = None) -> None:
+    """Add to the numbers of units that saw each arm (by version id) in this epoch.
+
+    `epoch` is the one that they were counted in, where whoever counts may not have heard of a change yet.
+    Raises: RegistryError for what is no arm, and for an epoch that is over: its shares were others.
+    """
+    serving_lock(session)
+    session.refresh(experiment)
+    if epoch not in (None, experiment.epoch):
+        raise RegistryError(f"these were counted in epoch {epoch}, {experiment.name!r} is in epoch {experiment.epoch}")
     for version_id, count in counts.items():
         row = (Exposure.experiment_id == experiment.id, Exposure.epoch == experiment.epoch, Exposure.version_id == version_id)
         changed = session.execute(update(Exposure).where(*row).values(count=Exposure.count + count).returning(Exposure.count))

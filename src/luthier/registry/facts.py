@@ -151,8 +151,8 @@ def facts_of(session: Session, version: AdapterVersion) -> Facts:
             "files": [File(file.path, file.blob_digest, file.size) for file in version.files],
             "data": _data(session, version.id),
             "parents": _parents(session, version.id),
-            "evaluations": _evaluations(session, version.id),
-            "decision": _decision(session, version),
+            "evaluations": evaluations_of(session, version.id),
+            "decision": decision_of(session, version),
         }
     )
 
@@ -211,7 +211,8 @@ def _parents(session: Session, version_id: int) -> list[Parent]:
     return [Parent(f"{name}:{number}", relation, digest) for name, number, relation, digest in session.execute(wanted)]
 
 
-def _evaluations(session: Session, version_id: int) -> list[Evaluation]:
+def evaluations_of(session: Session, version_id: int) -> list[Evaluation]:
+    """Return a version's newest scores on each suite."""
     newest: dict[str, EvalRun] = {}
     for run in session.scalars(select(EvalRun).where(EvalRun.version_id == version_id).order_by(EvalRun.id)):
         newest[run.suite] = run
@@ -221,7 +222,8 @@ def _evaluations(session: Session, version_id: int) -> list[Evaluation]:
     ]
 
 
-def _decision(session: Session, version: AdapterVersion) -> Decision | None:
+def decision_of(session: Session, version: AdapterVersion) -> Decision | None:
+    """Return what the gate said last of a version's very bytes, None if it was not asked."""
     found = session.scalar(
         select(GateDecision)
         .where(GateDecision.version_id == version.id, GateDecision.manifest_digest == version.manifest_digest)

@@ -21,6 +21,7 @@ from sqlalchemy import CTE, Select, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from luthier.registry.columns import Audience, DataState, Lifecycle
+from luthier.registry.database import walking
 from luthier.registry.schema import (
     Adapter,
     AdapterDataset,
@@ -96,23 +97,21 @@ def descendants(session: Session, ids: Iterable[int]) -> list[Found]:
     """Return all versions that were made of these, and of those; not these themselves."""
     start = list(ids)
     family = _walk(select(AdapterVersion.id).where(AdapterVersion.id.in_(start)), AdapterParent.parent_id, AdapterParent.child_id)
-    return _versions(session, select(family.c.id).where(family.c.id.not_in(start)), set())
+    with walking(session):
+        return _versions(session, select(family.c.id).where(family.c.id.not_in(start)), set())
 
 
 def ancestors(session: Session, version_id: int) -> list[Found]:
     """Return all versions that this one was made of; `is_direct` says which are its own parents."""
-    family = _walk(
-        select(AdapterVersion.id).where(AdapterVersion.id == version_id), AdapterParent.child_id, AdapterParent.parent_id
-    )
-    parents = set(session.scalars(select(AdapterParent.parent_id).where(AdapterParent.child_id == version_id)))
-    return _versions(session, select(family.c.id).where(family.c.id != version_id), parents)
+    family = _family(version_id)
+    with walking(session):
+        parents = set(session.scalars(select(AdapterParent.parent_id).where(AdapterParent.child_id == version_id)))
+        return _versions(session, select(family.c.id).where(family.c.id != version_id), parents)
 
 
 def data_seen(session: Session, version_id: int) -> list[FoundData]:
     """Return the data that a version learned from, itself or by its parents, and what that data was made of."""
-    family = _walk(
-        select(AdapterVersion.id).where(AdapterVersion.id == version_id), AdapterParent.child_id, AdapterParent.parent_id
-    )
+    family = _family(version_id)
     read = select(AdapterDataset.dataset_version_id).join(family, family.c.id == AdapterDataset.version_id)
     return _data(session, _walk(read, DatasetParent.child_id, DatasetParent.parent_id))
 
@@ -124,6 +123,7 @@ def _walk(start: Select[Any], here: Any, there: Any) -> CTE:
 
 
 def _family(version_id: int) -> CTE:
+    """A version and all that it was made of."""
     one = select(AdapterVersion.id).where(AdapterVersion.id == version_id)
     return _walk(one, AdapterParent.child_id, AdapterParent.parent_id)
 
@@ -162,7 +162,8 @@ def _learned(session: Session, data: CTE) -> list[Found]:
     direct = select(AdapterDataset.version_id).join(data, data.c.id == AdapterDataset.dataset_version_id)
     family = direct.with_only_columns(AdapterDataset.version_id.label("id")).cte(recursive=True)
     family = family.union(select(AdapterParent.child_id).join(family, AdapterParent.parent_id == family.c.id))
-    return _versions(session, select(family.c.id), set(session.scalars(direct)))
+    with walking(session):
+        return _versions(session, select(family.c.id), set(session.scalars(direct)))
 
 
 def _versions(session: Session, ids: Select[Any], direct: set[int]) -> list[Found]:
@@ -200,4 +201,5 @@ def _data(session: Session, chosen: CTE) -> list[FoundData]:
         .where(DatasetVersion.id.in_(select(chosen.c.id)))
         .order_by(Dataset.name, DatasetVersion.version)
     )
-    return [FoundData(*row) for row in session.execute(query)]
+    with walking(session):
+        return [FoundData(*row) for row in session.execute(query)]

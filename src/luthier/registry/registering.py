@@ -26,6 +26,8 @@ from luthier.registry import audit
 from luthier.registry.columns import DataState, Lifecycle, now
 from luthier.registry.copies import note_copy, run_of
 from luthier.registry.database import add_if_absent, take_lock
+from luthier.registry.datasets import ADD_IT, find_content
+from luthier.registry.datasets import find_version as find_data
 from luthier.registry.intake import Intake, examine
 from luthier.registry.keeping import BlobVanishedError, keep_blob
 from luthier.registry.manifest import digest_of
@@ -38,7 +40,6 @@ from luthier.registry.schema import (
     AdapterVersion,
     BaseModel,
     Blocked,
-    Dataset,
     DatasetParent,
     DatasetVersion,
     Outbox,
@@ -219,7 +220,7 @@ def _lineage(
     recipe = found.note.get("recipe") or {}
     data = {(version.id, role): version for named, role in datasets for version in _data_versions(session, named)}
     for digest, role in _recipe_data(found).items():
-        for version in session.scalars(select(DatasetVersion).filter_by(digest=digest)):
+        for version in find_content(session, digest):
             if version.id not in {row_id for row_id, _ in data}:
                 data[version.id, role] = version
     made_of = {(version.id, relation): version for named, relation in parents for version in [find_version(session, named)]}
@@ -232,18 +233,10 @@ def _lineage(
 
 def _data_versions(session: Session, named: str) -> list[DatasetVersion]:
     """The data set versions of a digest, or NAME:VERSION, or the only version of NAME."""
-    if re.fullmatch(r"[0-9a-f]{64}", named):
-        found = list(session.scalars(select(DatasetVersion).filter_by(digest=named)))
-    else:
-        name, colon, number = named.rpartition(":")
-        query = select(DatasetVersion).join(Dataset).where(Dataset.name == (name if colon else named))
-        found = list(
-            session.scalars(query.where(DatasetVersion.version == int(number)) if number.isdecimal() and colon else query)
-        )
-        if len(found) > 1:
-            raise RegistryError(f"{named} has {len(found)} versions; say which, as in {named}:{found[-1].version}")
-    if not found:
-        raise RegistryError(f"There is no data set {named} in this registry; add it with: luthier registry data add")
+    if not re.fullmatch(r"[0-9a-f]{64}", named):
+        return [find_data(session, named)]
+    if not (found := find_content(session, named)):
+        raise RegistryError(f"There is no data with the digest {named} in this registry. {ADD_IT}")
     return found
 
 

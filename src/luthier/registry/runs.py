@@ -16,7 +16,7 @@ from sqlalchemy import select
 from luthier.core.errors import DataError, RegistryError
 from luthier.data.read import digest_rows, stream_rows
 from luthier.formats.note import CONFIG_FILE, read_note
-from luthier.registry.datasets import Terms, add_data
+from luthier.registry.datasets import Terms, add_data, find_content
 from luthier.registry.datasets import name_of as data_name
 from luthier.registry.place import Registry
 from luthier.registry.registering import About, Registered, register
@@ -145,9 +145,8 @@ def _known(registry: Registry, source: Source) -> str | None:
     if source.digest is None:
         return None
     with registry.database.reading() as session:
-        query = select(DatasetVersion).filter_by(digest=source.digest).order_by(DatasetVersion.id).limit(1)
-        found = session.scalar(query)
-        return data_name(found) if found else None
+        found = find_content(session, source.digest)
+        return data_name(found[0]) if found else None
 
 
 def _added(registry: Registry, source: Source, owner: str, actor: str) -> str:

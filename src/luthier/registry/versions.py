@@ -5,6 +5,7 @@ orders:3            version 3
 orders:stable       what the alias `stable` names now
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Select, func, or_, select
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from luthier.core.errors import RegistryError, did_you_mean
 from luthier.registry.columns import Lifecycle
+from luthier.registry.facts import decision_of, evaluations_of
 from luthier.registry.schema import (
     Adapter,
     AdapterDataset,
@@ -157,6 +159,7 @@ def show_version(session: Session, version: AdapterVersion) -> dict[str, Any]:
         .where(Deployment.version_id == version.id, Deployment.ended_at.is_(None), Deployment.weight_bp > 0)
     )
     aliases = select(Alias).filter_by(version_id=version.id).order_by(Alias.name)
+    decision = decision_of(session, version)
     return {"name": version.adapter.name, "owner": version.adapter.owner, "tenant": version.adapter.tenant} | {
         **{field: getattr(version, field) for field in plain.split()},
         "base": base and {"name": base.name, "revision": base.revision, "fingerprint_digest": base.fingerprint_digest},
@@ -167,6 +170,8 @@ def show_version(session: Session, version: AdapterVersion) -> dict[str, Any]:
         ],
         "parents": _relatives(session, version.id, up=True),
         "children": _relatives(session, version.id, up=False),
+        "evaluations": [asdict(one) for one in evaluations_of(session, version.id)],
+        "gate": asdict(decision) if decision else None,
         "aliases": [{"name": alias.name, "is_protected": alias.is_protected} for alias in session.scalars(aliases)],
         "serves": [
             {"surface": surface.name, "audience": surface.audience.value, "weight_bp": row.weight_bp, "forced": row.forced_reason}

@@ -89,7 +89,8 @@ def test_from_a_folder_to_production_and_back(shell: Shell, place: Path) -> None
     assert (served["version"], served["weight_bp"], served["forced_reason"]) == (2, 10_000, None)
     assert shell("production --audience internal")["served"] == []
     assert [one["version"] for one in shell("production --history --surface shop")["served"]] == [1, 2]
-    assert shell("show orders:shop")["version"] == 2
+    shown = shell("show orders:shop")
+    assert (shown["version"], shown["gate"]["verdict"], shown["evaluations"]) == (2, "pass", [])
 
     assert shell(f"hold {second} --reason complaints")["serves"] == ["shop"]
     assert shell("rollback shop --reason complaints")["version"] == first
@@ -120,8 +121,34 @@ def test_an_experiment_from_the_command_line(shell: Shell, place: Path) -> None:
     assert shell("experiment status shop")["arms"]["orders:2"]["weight_bp"] == 2500
     assert shell("experiment stop shop")["ended_at"]
     assert [one["version"] for one in shell("production")["served"]] == [1]
-    assert "no share" in shell.fails("experiment start shop second --arm orders:2", status=2)
+    assert "has no number" in shell.fails("experiment start shop second --arm orders:2", status=2)
+    assert "an arm twice" in shell.fails("experiment start shop second --arm orders:2=1 --arm orders:2=2", status=2)
     assert "both --metric" in shell.fails("experiment start shop second --arm orders:2=1 --metric x", status=2)
+
+
+def test_an_experiment_is_counted_and_stopped_by_its_guardrail(shell: Shell, place: Path) -> None:
+    shell("surface add shop --audience batch")
+    for seed in (1, 2):
+        pass_the_gate(shell, place, add(shell, place, seed))
+    shell("promote orders:1 --surface shop")
+    shell("experiment start shop first --arm orders:2=5000 --metric rating --worse-by 0.1 --exposures 30")
+    told = shell("experiment count shop --seen orders:1=40 --seen orders:2=20 --epoch 1")
+    assert {arm: one["exposures"] for arm, one in told["arms"].items()} == {"orders:1": 40, "orders:2": 20}
+    measured = "experiment check shop --measured orders:1=0.8 --measured orders:2"
+    told = shell(f"{measured}=0.1")
+    assert told["stopped"] is None and told["ended_at"] is None  # 20 units are too few to judge by
+    assert "epoch 2" in shell.fails("experiment count shop --seen orders:2=5 --epoch 2")
+    assert "below 0" in shell.fails("experiment count shop --seen orders:2=-5", status=2)
+    assert shell("experiment count shop --seen orders:2=20")["arms"]["orders:2"]["exposures"] == 40
+    assert shell(f"{measured}=0.75")["stopped"] is None
+    assert "rating of orders:2 is missing" in shell.fails("experiment check shop --measured orders:1=0.8")
+    add(shell, place, 3)
+    assert "orders:3: no arm" in shell.fails(f"{measured}=0.75 --measured orders:3=1")
+    status, told = shell.run(f"{measured}=0.6")
+    assert status == 1 and told["ended_at"]
+    assert told["stopped"] == "rating of orders:2 is 0.6, of the control orders:1 0.8"
+    assert [(one["version"], one["weight_bp"]) for one in shell("production")["served"]] == [(1, 10_000)]
+    assert "no experiment runs" in shell.fails(f"{measured}=0.6")
 
 
 def test_a_signed_version_is_trusted_by_its_key_only(shell: Shell, place: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.engine_scene import Scene
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -78,8 +79,29 @@ def byte_tokenizer():
     return fast
 
 
-def build(family):
+@pytest.fixture(scope="session")
+def build_tiny():
+    """A factory of random models by family, with settings of the configuration."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def scenes(build_tiny, byte_tokenizer, tmp_path_factory):
+    """Scenes by family, each made once."""
+    made = {}
+
+    def scene(family="llama") -> Scene:
+        if family not in made:
+            made[family] = Scene(build_tiny(family), byte_tokenizer, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return scene
+
+
+def build(family, **settings):
     config = copy.deepcopy(CONFIGS[family])
+    for name, value in settings.items():
+        setattr(config, name, value)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()

@@ -7,9 +7,11 @@ import pytest
 
 from luthier.core.errors import DataError, MissingExtraError
 from luthier.evaluate import answers
-from luthier.evaluate.answers import corpus_scores, number_in, score_answer
+from luthier.evaluate.answers import corpus_scores, score_answer
+from luthier.evaluate.definitions import define
 from luthier.evaluate.items import GenerateItem
-from luthier.evaluate.suites import Suite, define
+from luthier.evaluate.metrics import number_in
+from luthier.evaluate.suites import Suite
 
 ASKED = {"name": "g", "kind": "task", "type": "generate", "data": "d", "prompt": "{{ q }}"}
 

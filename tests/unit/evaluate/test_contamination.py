@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from luthier.evaluate.contamination import find_contamination
+from luthier.evaluate.definitions import define
 from luthier.evaluate.items import ChoiceItem
 from luthier.evaluate.shipped import GENERAL, find_suites
-from luthier.evaluate.suites import Suite, define
+from luthier.evaluate.suites import Suite
 
 LONG = (
     "On the second Sunday of March the old ferry carried eleven goats, a piano and the mayor's aunt across the river, "

@@ -11,9 +11,10 @@ from luthier.adapt import attach
 from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError, DataError
 from luthier.evaluate.base_cache import BaseScores
+from luthier.evaluate.definitions import define
 from luthier.evaluate.prompts import start_ids
 from luthier.evaluate.runner import run_suite, run_suites
-from luthier.evaluate.suites import Suite, define
+from luthier.evaluate.suites import Suite
 
 WORDS = ["spruce", "maple", "brace", "fret", "bridge", "nut", "bell", "weather", "jazz"]
 QUESTIONS = [

@@ -10,9 +10,10 @@ import pytest
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.evaluate.checks import CHECKS
+from luthier.evaluate.definitions import define
 from luthier.evaluate.items import ChoiceItem, GenerateItem, PairItem, RollingItem
 from luthier.evaluate.public import PUBLIC
-from luthier.evaluate.suites import define, load_suite
+from luthier.evaluate.suites import load_suite
 
 PAIRS = {"name": "pairs-1", "kind": "capability", "type": "pairs", "data": "rows.jsonl", "good": "{{ good }}", "bad": "{{ bad }}"}
 ROWS = [{"uid": f"u{i // 3}", "good": f"It is {i}.", "bad": f"Is it {i}.", "field": "syntax" if i % 2 else ""} for i in range(7)]

@@ -12,7 +12,7 @@ from luthier.core.errors import ConfigError, DataError, RefusedError, RegistryEr
 from luthier.data.read import read_rows
 from luthier.registry.columns import DataState
 from luthier.registry.database import Database
-from luthier.registry.datasets import Terms, add_data, add_subjects, find_version, list_data, show_data
+from luthier.registry.datasets import Terms, add_data, add_subjects, find_content, find_version, list_data, show_data
 from luthier.registry.people import SubjectColumn, SubjectKey, make_key, read_key
 from luthier.registry.place import Registry
 from luthier.registry.schema import Blocked, Dataset, DatasetSubject, DatasetVersion, ErasureRequest
@@ -166,6 +166,23 @@ def test_key_file_is_private_and_never_made_by_asking(tmp_path, key):
     with pytest.raises(RegistryError, match="no key at"):
         read_key(tmp_path / "none.key")
     assert not (tmp_path / "none.key").exists()
+
+
+def test_a_content_is_found_in_every_data_set_that_holds_it(database, tmp_path):
+    path, other = write_rows(tmp_path / "rows.jsonl"), write_rows(tmp_path / "few.jsonl", ROWS[:3])
+    for name, rows in (("orders", other), ("zebra", path), ("orders", path)):
+        digest = add_data(database, name, rows, Terms(owner="ana"), actor="ana").digest
+    with database.reading() as session:
+        assert [(one.dataset.name, one.version) for one in find_content(session, digest)] == [("zebra", 1), ("orders", 2)]
+        assert find_content(session, "0" * 64) == []
+        for named, told in (
+            ("zebar:1", "Did you mean 'zebra'"),
+            ("orders:7", "luthier registry data show orders"),
+            ("nothing", "luthier registry data add"),
+            ("orders", "say which, as in orders:2"),
+        ):
+            with pytest.raises(RegistryError, match=told):
+                find_version(session, named)
 
 
 def test_frozen_and_erased_content_does_not_come_back(database, tmp_path, key):

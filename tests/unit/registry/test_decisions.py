@@ -14,7 +14,7 @@ from luthier.registry.columns import Audience
 from luthier.registry.decisions import record_eval, record_gate
 from luthier.registry.place import Registry
 from luthier.registry.promotion import promote
-from luthier.registry.versions import find_version
+from luthier.registry.versions import find_version, show_version
 
 CONFIG = {"model_type": "llama", "hidden_size": 64}
 SCORES = {
@@ -81,6 +81,12 @@ def test_scores_are_kept_item_by_item(registry: Registry) -> None:
     run = record_eval(registry, add_version(registry), SCORES, actor="runner", dtype="bfloat16")
     assert run.metrics == {"kind": "capability", "num_items": 4, "accuracy": 0.75}
     assert run.scores_digest and json.loads(registry.blobs.read(run.scores_digest)) == SCORES
+    with registry.database.reading() as session:
+        told = show_version(session, find_version(session, "orders:1"))
+    assert [(one["suite"], one["metrics"]["accuracy"], one["dtype"]) for one in told["evaluations"]] == [
+        ("arithmetic", 0.75, "bfloat16")
+    ]
+    assert told["gate"] is None
     with pytest.raises(RegistryError, match="items missing"):
         record_eval(registry, "orders:1", SCORES | {"items": []}, actor="runner")
     with pytest.raises(RegistryError, match="suite, digest"):

@@ -101,6 +101,8 @@ def test_a_change_of_weights_keeps_units_and_begins_a_new_count(shop: Registry) 
     moved = {(before[unit], arm) for unit, arm in routed(shop).items() if arm != before[unit]}
     assert moved == {("orders:1", "orders:2")}
     count(shop, orders_2=5)
+    with shop.database.writing() as session, pytest.raises(RegistryError, match="in epoch 1, 'first' is in epoch 2"):
+        count_exposures(session, find_experiment(session, find_surface(session, "shop")), {2: 40}, epoch=1)
     told = status(shop)
     assert told["epoch"] == 2 and told["salt"] == "salt"
     assert {arm: one["exposures"] for arm, one in told["arms"].items()} == {"orders:1": 0, "orders:2": 5}

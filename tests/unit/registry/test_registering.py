@@ -151,6 +151,17 @@ def test_the_parent_that_a_recipe_names_is_part_of_the_origin(registry: Registry
         assert (link.parent_id, link.child_id, link.relation) == (1, 2, "truncated")
 
 
+def test_data_is_named_by_its_digest_in_every_data_set_that_has_it(registry: Registry, folder: Path) -> None:
+    digest = add_data(registry, "orders").digest
+    with registry.database.writing() as session:
+        twin = schema.Dataset(name="same", owner="team", next_version=2)
+        session.add(schema.DatasetVersion(dataset=twin, version=1, digest=digest))
+    with pytest.raises(RegistryError, match=rf"digest {'0' * 64} in this registry.*registry data add"):
+        register(registry, folder, name="a", actor="ann", owner="team", datasets=[("0" * 64, "train")])
+    register(registry, folder, name="a", actor="ann", owner="team", datasets=[(digest, "train")])
+    assert rows(registry, schema.AdapterDataset) == 2
+
+
 def test_no_data_needs_a_reason(registry: Registry, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="--no-data REASON"):
         register(registry, folder, name="orders", actor="ann", owner="team")

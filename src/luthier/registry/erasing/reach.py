@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from luthier.registry import lineage
 from luthier.registry.columns import DataState, Lifecycle
+from luthier.registry.datasets import find_content
 from luthier.registry.schema import (
     AdapterFile,
     CopyElsewhere,
@@ -59,7 +60,7 @@ def plan(session: Session, target: Target) -> Plan:
         person = bytes.fromhex(target.digest)
         data, versions = lineage.holding_person(session, person), lineage.trained_on_person(session, person)
     else:
-        ids = list(session.scalars(select(DatasetVersion.id).filter_by(digest=target.digest)))
+        ids = [version.id for version in find_content(session, target.digest)]
         data, versions = lineage.made_of_data(session, ids), lineage.trained_on(session, ids)
     found = Plan(
         [one for one in data if one.state is not DataState.ERASED],
