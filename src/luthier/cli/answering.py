@@ -99,6 +99,8 @@ def answering(
             if base_is.verdict is Verdict.QUANTISED_OF:
                 console.print(f"The base is not bit for bit the adapter's: {base_is.reason}.", style="dim")
         systems = {each.get("data", {}).get("system") for each in recipes.values()}
+        if len(systems) > 1:
+            console.print("The adapters have different system messages, so there is none; say one with --system.", style="dim")
         yield Answering(engine, spec, mix, systems.pop() if len(systems) == 1 else None)
 
 

@@ -58,14 +58,15 @@ def gate(
         if adapter is not None:
             from luthier.cli.judging import check_fits, check_suites, contestants, incumbent_on, put_on, trained_on
             from luthier.cli.loading import load_served
-            from luthier.cli.suites import named_suites
+            from luthier.cli.suites import named_suites, rows_answered
 
             suites = named_suites(suite, limit)
             check_suites(suites, asked, has_incumbent=incumbent is not None)
             left_out = trained_on(adapter, train, suites, console)
             rival = _folder_of(incumbent, registry) if incumbent is not None and current is None else None
             run = {"batch_tokens": batch_tokens, "console": console}
-            with load_served(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force) as loaded:
+            where: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "console": console, "force": force}
+            with load_served(model, adapter, rows=rows_answered(suites), **where) as loaded:
                 if rival is not None:
                     check_fits(rival, loaded, force=force)
                 ours, theirs = contestants(adapter, loaded, suites, remember=remember, **run)

@@ -73,7 +73,7 @@ def load_served(
     force: bool = False,
     rows: int = 32,
 ) -> "Iterator[Loaded]":
-    """As `load`, with an engine beside the model that answers `rows` prompts at once, where it can do that as the model would.
+    """As `load`, with an engine beside the model that answers `rows` prompts at once (0: none), if it does as the model would.
 
     It is not there for a base in 4 bits, an architecture that the engine does not know, or an adapter that it would merge.
     """
@@ -108,7 +108,7 @@ def _engine_for(base: "LoadedModel", rows: int) -> "Engine | None":
     """Return an engine over a base that has no adapter yet. What it holds are copies."""
     from luthier.engine.layouts import is_known
 
-    if base.packing is not None or not is_known(base.model):
+    if not rows or base.packing is not None or not is_known(base.model):
         return None
     from luthier.engine import Engine, Limits
 

@@ -32,7 +32,8 @@ def evaluate_suites(
     from luthier.cli.loading import load_served
 
     suites = named_suites(named, limit)
-    with load_served(model, adapter, dtype=dtype, quantize=quantize, console=console, force=force) as loaded:
+    where: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "console": console, "force": force}
+    with load_served(model, adapter, rows=rows_answered(suites), **where) as loaded:
         runs = put_suites(loaded, suites, batch_tokens=batch_tokens, remember=remember, console=console)
     from luthier.evaluate.suite_report import suite_facts, suites_table
 
@@ -50,6 +51,13 @@ def named_suites(named: Sequence[str], limit: int | None) -> "list[Suite]":
 
     found = list(find_suites(named))
     return found if limit is None else [suite.limited(limit) for suite in found]
+
+
+def rows_answered(suites: "Sequence[Suite]") -> int:
+    """Return how many prompts are worth answering at once: none where nothing is answered."""
+    from luthier.evaluate.runner import BATCH_ROWS
+
+    return BATCH_ROWS if any(suite.definition.type == "generate" for suite in suites) else 0
 
 
 def put_suites(

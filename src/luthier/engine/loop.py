@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from luthier.core.errors import EngineError
+from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights
 from luthier.engine.decoder import Decoder
 from luthier.engine.drawing import Drawn, draw
@@ -140,6 +141,7 @@ class EngineLoop:
             if self._retiring:
                 self._tell_retired()
             if step is None:
+                release_thread_pool()  # whoever multiplies while nothing is asked here has the processors to himself
                 self._inbox.get()()
 
     def _run(self, step: Step) -> None:
