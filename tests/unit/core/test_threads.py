@@ -1,5 +1,6 @@
 """A pool of OpenMP threads ends when it is released, and the next parallel product works."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ print(*seen[0])
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc, which only Linux has")
 def test_a_released_pool_ends_and_comes_again_when_it_is_needed() -> None:
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=120, check=True)
     first, second = [[int(word) for word in line.split()] for line in run.stdout.splitlines()]
     assert first[0] == first[1] + 1 == first[2]
     assert second[0] == second[1] + 1
