@@ -15,10 +15,11 @@ from luthier.core.errors import DataError
 from luthier.data.messages import Example, Message
 from luthier.engine import Engine
 from luthier.evaluate.base_cache import BaseScores
+from luthier.evaluate.definitions import define
 from luthier.evaluate.judgement import judge
 from luthier.evaluate.runner import run_suites
 from luthier.evaluate.served import Served
-from luthier.evaluate.suites import Suite, define
+from luthier.evaluate.suites import Suite
 from luthier.models import load_model
 
 WORDS = ["spruce", "maple", "brace", "fret", "bridge", "nut", "bell", "weather", "jazz", "plane", "glue"]
