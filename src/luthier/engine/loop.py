@@ -86,6 +86,13 @@ class EngineLoop:
         drained.add_done_callback(lambda _: self._inbox.put(partial(self._retire, gone)))
         return gone
 
+    @property
+    def closed_because(self) -> str | None:
+        """Why nothing is taken any more; None while it is."""
+        if self._is_closed:
+            return "the engine has been closed"
+        return None if self._thread.is_alive() else "the engine's thread has died"
+
     def snapshot(self) -> dict[str, Any]:
         """Return what runs and waits."""
         with self._lock:

@@ -141,7 +141,16 @@ class Engine:
         """Why the model is served by its own forward, each request by itself; None where the engine has one for it."""
         return self._host.slow_because
 
+    @property
+    def closed_because(self) -> str | None:
+        """Why it takes no requests; None while it does."""
+        return self._loop.closed_because
+
     # --- adapters --------------------------------------------------------------------------------------------
+
+    def knows(self, name: str) -> bool:
+        """Return whether a name was added and not unloaded since."""
+        return self._host.store.knows(name)
 
     def add_adapter(self, name: str, source: Any, *, force: bool = False) -> None:
         """Make an adapter known: a folder, that of a run, or with a registry NAME:VERSION or NAME:ALIAS. Reads nothing yet.

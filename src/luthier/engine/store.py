@@ -198,6 +198,11 @@ class AdapterStore:
             gone = self._drained()
         self.give_back(gone)
 
+    def knows(self, name: str) -> bool:
+        """Return whether a name may be acquired."""
+        with self._lock:
+            return name in self._names
+
     def unload(self, name: str) -> "Future[None]":
         """Forget a name: nobody new gets it, those who have it or wait for it finish. Done when its memory has been given back
         (the numbers may live on under another name of the same content, or with whoever kept them).
