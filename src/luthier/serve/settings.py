@@ -14,6 +14,9 @@ class ServeSettings(Settings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any that is free")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="a larger request body is refused with 413")
+    default_max_tokens: int = Field(
+        default=1024, ge=1, description="a chat's answer is cut off after so many tokens where the request names no limit"
+    )
     max_waiting: int = Field(
         default=256, ge=1, description="requests that may be under way at once; the next one is answered 429"
     )
