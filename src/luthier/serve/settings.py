@@ -17,9 +17,7 @@ class ServeSettings(Settings):
     default_max_tokens: int = Field(
         default=1024, ge=1, description="a chat's answer is cut off after so many tokens where the request names no limit"
     )
-    max_waiting: int = Field(
-        default=256, ge=1, description="requests that may be under way at once; the next one is answered 429"
-    )
+    max_waiting: int = Field(default=256, ge=1, description="requests under way at once; one more is answered 429")
     refresh_seconds: float = Field(default=1.0, gt=0, description="how often the registry is asked for changes")
     stale_seconds: float = Field(
         default=300.0, gt=0, description="how long the last known keys and routes count while the registry is away"
