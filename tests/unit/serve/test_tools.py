@@ -196,7 +196,7 @@ def test_tools_that_may_not_be_called_are_not_told(told):
 
 
 def test_the_prompt_tells_tools_calls_and_what_they_gave(told):
-    """Whatever the template: each function's name, the call's arguments once as JSON, the result, and then the assistant's turn."""
+    """Whatever the template: each function's name, the call's arguments once as JSON, the result, the turn."""
     running, client = told
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Cremona", "days": 2}'}}
     messages = [
