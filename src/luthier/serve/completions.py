@@ -96,13 +96,13 @@ async def complete(body: CompletionBody, request: Request, caller: CallerOf, gat
     longest = room_for(body.max_tokens, DEFAULT_MAX_TOKENS, prompts, await gateway.backend.room(), "prompt")
     constraint = None if body.structured_outputs is None else body.structured_outputs.constraint()
     samplings = body.samplings(longest, body.logprobs, constraint)
-    parts = answers(gateway, caller, route, prompts, samplings)
+    source = answers(gateway, caller, route, prompts, samplings)
     head = Head.of("cmpl", gateway, route)
     texts = gateway.prompts.texts
     if body.stream:
-        parts = await begun(parts, request.receive)
-        return EventStream(_chunks(parts, head, texts, body, len(samplings)), parts, head.headers)
-    done = await unless_left(request.receive, completions(parts, len(prompts) * len(samplings)))
+        parts = await begun(source, request.receive)
+        return EventStream(_chunks(parts, head, texts, body, len(samplings)), source, head.headers)
+    done = await unless_left(request.receive, completions(source, len(prompts) * len(samplings)))
     answer = TextCompletion(
         id=head.id,
         created=head.created,

@@ -31,7 +31,7 @@ from luthier.engine.requests import Sampling
 from luthier.registry.tenancy import Scope, digest_of_key
 from luthier.registry.view import BaseTarget, Caller, SurfaceTarget, Target, VersionTarget
 from luthier.serve.backend import Ask, Backend
-from luthier.serve.errors import ApiError, no_key, no_model, not_allowed, too_many, unavailable
+from luthier.serve.errors import ApiError, no_key, no_model, not_allowed, server_fault, too_many, unavailable
 from luthier.serve.prompts import Prompts
 from luthier.serve.settings import ServeSettings
 from luthier.serve.views import Views
@@ -124,4 +124,4 @@ def refusal_of(error: LuthierError) -> ApiError:
         return ApiError(409, str(error), code="adapter_unusable")
     if isinstance(error, EngineError):
         return unavailable(f"The engine does not answer: {error}")
-    return ApiError(500, "The server failed; its log says why.", type="server_error")
+    return server_fault()
