@@ -7,8 +7,8 @@ Route -> events           let in by the limits, through the backend, written dow
 
 import logging
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +22,7 @@ from luthier.core.errors import (
     DataError,
     EngineError,
     LuthierError,
+    MissingExtraError,
     QueueFullError,
     RefusedError,
     RequestError,
@@ -38,6 +39,7 @@ from luthier.serve.errors import ApiError, no_key, no_model, not_allowed, too_ma
 from luthier.serve.guarding import Guard
 from luthier.serve.ledger import Answered, Ledger
 from luthier.serve.limits import Limits, Permit
+from luthier.serve.prompts import Prompts
 from luthier.serve.residency import Residency, Use
 from luthier.serve.settings import ServeSettings
 from luthier.serve.views import Views
@@ -80,6 +82,7 @@ class Gateway:
         registry: RegistryAccess | None = None,
     ):
         self.settings, self.backend, self.tokenizer, self.views = settings, backend, tokenizer, views
+        self.prompts = Prompts(tokenizer)
         self.limits = limits or Limits(settings.max_waiting)
         self.residency = residency or Residency(backend)
         self.ledger, self.guard, self.registry = ledger, guard, registry
@@ -196,33 +199,54 @@ class Gateway:
         sampling: Sampling,
         *,
         request_id: str | None = None,
-    ) -> AsyncIterator[Event]:
+        is_further: bool = False,
+    ) -> AsyncGenerator[Event, None]:
         """Yield the answer's events; the last one holds the completion. Raises: ApiError.
 
-        Whatever its end, it is written down once under `request_id`, before the last event is given out.
+        Whatever its end, it is written down once under `request_id`, before the last event is given out. `is_further` says that
+        it is one more answer to a prompt, which is paid for once.
         """
+        request_id = request_id or f"req-{secrets.token_hex(12)}"
+        async with self._answering(caller, route, len(prompt_ids), sampling.max_new_tokens, request_id) as answer:
+            answer.is_further = is_further
+            ask = Ask(request_id, prompt_ids, route.adapter, sampling, caller.tenant)
+            async with aclosing(self.backend.stream(ask)) as events:
+                async for event in events:
+                    answer.check()
+                    answer.see(event)
+                    yield event
+
+    async def embed(
+        self, caller: Caller, route: Route, rows: list[tuple[int, ...]], *, request_id: str | None = None
+    ) -> list[list[float]]:
+        """Return a vector for each row of token ids. Raises: ApiError."""
+        request_id = request_id or f"emb-{secrets.token_hex(12)}"
+        async with self._answering(caller, route, sum(map(len, rows)), 0, request_id) as answer:
+            vectors = await self.backend.embed(rows, route.adapter)
+            answer.check()
+            answer.end("stop", is_seen=True)
+            return vectors
+
+    @asynccontextmanager
+    async def _answering(
+        self, caller: Caller, route: Route, prompt_tokens: int, most_tokens: int, request_id: str
+    ) -> "AsyncGenerator[_Answer, None]":
+        """Let a request in, keep its adapter, and write its end down. Raises: ApiError, also for errors of the block."""
         if self.is_draining:
             raise unavailable("The server is being stopped and takes no new requests.")
         if self.ledger is not None and (fault := self.ledger.fault()):
             raise unavailable(f"No request is taken now: {fault}.", 5)
-        permit = self.limits.enter(caller, len(prompt_ids) + sampling.max_new_tokens)
-        answer = _Answer(self, caller, route, permit, request_id or f"req-{secrets.token_hex(12)}", len(prompt_ids))
-        ask = Ask(answer.request_id, prompt_ids, route.adapter, sampling, caller.tenant)
-        use: Use | None = None
+        permit = self.limits.enter(caller, prompt_tokens + most_tokens)
+        answer = _Answer(self, caller, route, permit, request_id, prompt_tokens)
         try:
             if route.version is not None:
-                use = await self.residency.enter(route.version)
-            async with aclosing(self.backend.stream(ask)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    if use is not None and use.ended_because is not None:
-                        raise RefusedError(use.ended_because)
-                    answer.see(event)
-                    yield event
+                answer.use = await self.residency.enter(route.version)
+            yield answer
         except LuthierError as error:
             refusal = refusal_of(error)
             if refusal.status not in (400, 429):
-                log.warning("request %s to %s failed: %s", answer.request_id, route.model, error)
-            answer.end("held" if use is not None and use.ended_because else "error", is_refused=refusal.status in (400, 429))
+                log.warning("request %s to %s failed: %s", request_id, route.model, error)
+            answer.end("held" if answer.is_stopped else "error", is_refused=refusal.status in (400, 429))
             raise refusal from error
         except Exception as error:
             answer.end("error")
@@ -231,8 +255,8 @@ class Gateway:
             raise
         finally:
             answer.end("cancelled")
-            if use is not None:
-                self.residency.leave(use)
+            if answer.use is not None:
+                self.residency.leave(answer.use)
 
 
 class _Answer:
@@ -243,6 +267,18 @@ class _Answer:
         self._gateway, self._caller, self._route, self._permit = gateway, caller, route, permit
         self._prompt_tokens, self._cached, self._made = prompt_tokens, 0, 0
         self._is_seen, self._is_open = False, True
+        self.use: Use | None = None
+        self.is_further = False
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether its version may not be used any more."""
+        return self.use is not None and self.use.ended_because is not None
+
+    def check(self) -> None:
+        """Raise RefusedError where its version may not be used any more."""
+        if self.use is not None and self.use.ended_because is not None:
+            raise RefusedError(self.use.ended_because)
 
     def see(self, event: Event) -> None:
         """Count an event; the last one ends the answer."""
@@ -252,7 +288,7 @@ class _Answer:
             self._made, self._cached = len(event.completion.token_ids), event.completion.cached_tokens
             self.end(event.completion.finish_reason)
 
-    def end(self, status: str, *, is_refused: bool = False) -> None:
+    def end(self, status: str, *, is_refused: bool = False, is_seen: bool = False) -> None:
         """Settle with the limits and write it down; only the first end counts, and a refusal is no answer.
 
         Who goes away before the first token pays for the prompt, since that may have been read; for a failure nobody pays more
@@ -261,7 +297,8 @@ class _Answer:
         if not self._is_open:
             return
         self._is_open = False
-        prompt = self._prompt_tokens if self._is_seen or status == "cancelled" else 0
+        self._is_seen |= is_seen
+        prompt = self._prompt_tokens if (self._is_seen or status == "cancelled") and not self.is_further else 0
         self._permit.settle(prompt + self._made)
         if is_refused or self._gateway.ledger is None:
             return
@@ -278,7 +315,7 @@ class _Answer:
                 epoch=route.epoch if counts else None,
                 unit_digest=route.unit.hex() if route.unit and counts else None,
                 prompt_tokens=prompt,
-                cached_tokens=self._cached,
+                cached_tokens=min(self._cached, prompt),
                 completion_tokens=self._made,
                 status=status,
                 finished_at=datetime.now(UTC),
@@ -293,7 +330,7 @@ def refusal_of(error: LuthierError) -> ApiError:
     """
     if isinstance(error, QueueFullError):
         return too_many(str(error), code="queue_full")
-    if isinstance(error, ConfigError | DataError | RequestError):
+    if isinstance(error, ConfigError | DataError | RequestError | MissingExtraError):
         return ApiError(400, str(error))
     if isinstance(error, AdapterError | BlobError | RefusedError | AdapterStateError):
         return ApiError(409, _unusable(error), code="adapter_unusable")
