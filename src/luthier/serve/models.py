@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel
 
-from luthier.registry.view import ServingView
+from luthier.registry.view import Target
 from luthier.serve.errors import ErrorBody
 from luthier.serve.gateway import Gateway
 
@@ -34,7 +34,8 @@ async def list_models(request: Request, authorization: str | None = Header(None)
     """List the models that this key may use."""
     gateway: Gateway = request.app.state.gateway
     caller, view = gateway.caller(authorization), gateway.views.current()
-    return ModelList(data=[_card(view, name, caller.tenant) for name in view.listed.get(caller.tenant_id, ())])
+    names = view.names.get(caller.tenant_id, {})
+    return ModelList(data=[_card(names[name], name, caller.tenant) for name in view.listed.get(caller.tenant_id, ())])
 
 
 @router.get("/v1/models/{name:path}", responses=REFUSALS | {404: {"model": ErrorBody}})
@@ -42,10 +43,9 @@ async def show_model(name: str, request: Request, authorization: str | None = He
     """Show one model that this key may use."""
     gateway: Gateway = request.app.state.gateway
     caller = gateway.caller(authorization)
-    gateway.target(caller, name)
-    return _card(gateway.views.current(), name, caller.tenant)
+    return _card(gateway.target(caller, name), name, caller.tenant)
 
 
-def _card(view: ServingView, name: str, tenant: str) -> ModelCard:
-    made = view.created.get(name)
+def _card(target: Target, name: str, tenant: str) -> ModelCard:
+    made = target.created_at
     return ModelCard(id=name, created=int(made.timestamp()) if made else 0, owned_by=tenant)
