@@ -1,13 +1,8 @@
-"""What tests of the gateway share: an engine whose every move the test decides, views made by hand, and a server on a real port."""
+"""What tests of the gateway share: an engine whose every move the test decides, and views made by hand."""
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
-
-import uvicorn
 
 from luthier.engine.jobs import Event
 from luthier.engine.requests import Completion
@@ -44,7 +39,11 @@ class ScriptedBackend:
         """Return why it is away."""
         return self.away
 
-    async def stream(self, ask: Ask) -> AsyncIterator[Event]:
+    async def room(self) -> int:
+        """Return the room."""
+        return 1000
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Answer with as many tokens as are wanted."""
         self.asked.append(ask)
         self.num_open += 1
@@ -131,22 +130,3 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)
-
-
-@contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve an app on a port of this machine's from a thread, and give its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until_moment = datetime.now(UTC).timestamp() + 60
-    while not server.started:
-        assert thread.is_alive() and datetime.now(UTC).timestamp() < until_moment, "the server did not start"
-        threading.Event().wait(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()

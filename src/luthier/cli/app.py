@@ -19,6 +19,7 @@ from luthier.cli import (
     plan,
     quickstart,
     registry,
+    tenants,
     train,
     truncate,
 )
@@ -51,6 +52,7 @@ app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.add_typer(models.app, name="models")
 app.add_typer(registry.registry_app, name="registry")
+app.add_typer(tenants.tenants_app, name="tenants")
 
 
 @app.callback(invoke_without_command=True)

@@ -112,6 +112,7 @@ class Gateway:
             await self.ledger.close()
         if self.registry is not None:
             self.registry.close()
+        self.prompts.close()
 
     def drain(self) -> None:
         """Take no new requests; those under way go on. There is no way back but a restart."""

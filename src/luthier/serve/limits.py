@@ -26,7 +26,7 @@ AT_ONCE_SECONDS = 1.0
 """When to come back where nobody knows when a running request will end."""
 
 told: ContextVar[dict[str, str] | None] = ContextVar("luthier_rate_limits", default=None)
-"""The headers of the present request's answer that tell how much is left; `RateHeaders` sends them."""
+"""The headers of the present request's answer that tell how much is left; `app.RateHeaders` sends them."""
 
 
 class Window:
