@@ -162,7 +162,7 @@ async def hold(body: Hold, caller: CallerOf, gateway: GatewayOf) -> dict[str, An
     return await _change(gateway, act)
 
 
-@approving.post("/release")
+@promoting.post("/release")
 async def release(body: Release, caller: CallerOf, gateway: GatewayOf) -> dict[str, Any]:
     """Lift a hold."""
 

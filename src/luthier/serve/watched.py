@@ -9,7 +9,7 @@ from luthier.serve.access import RegistryAccess
 from luthier.serve.backend import Backend
 from luthier.serve.books import RegistryBooks, RegistryHoldings, server_name
 from luthier.serve.gateway import Gateway
-from luthier.serve.guarding import Guard
+from luthier.serve.guarding import GUARD_SECONDS, Guard
 from luthier.serve.ledger import Ledger
 from luthier.serve.limits import Limits
 from luthier.serve.residency import Residency
@@ -28,6 +28,7 @@ def watched_gateway(
     registry: "Registry",
     *,
     fingerprint: "Fingerprint | None" = None,
+    guard_seconds: float = GUARD_SECONDS,
 ) -> Gateway:
     """Return a gateway of that registry. With the served base's `fingerprint` versions of other bases are no names.
 
@@ -52,7 +53,7 @@ def watched_gateway(
         limits=limits,
         residency=Residency(backend, RegistryHoldings(registry.database, server)),
         ledger=ledger,
-        guard=Guard(registry, views, f"gateway/{server}"),
+        guard=Guard(registry, views, f"gateway/{server}", guard_seconds),
         registry=RegistryAccess(registry),
     )
 
