@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from luthier.serve.settings import EngineSettings, ServeSettings
     from luthier.serve.views import Views
 
-KEY_VARIABLE = "LUTHIER_API_KEY"
 SHORTEST_KEY = 16
 ENGINES = ("process", "inline")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -189,7 +188,7 @@ def api_key() -> tuple[str, bool]:
         return new_key(), True
     if len(given.strip()) < SHORTEST_KEY or given != given.strip():
         raise ConfigError(
-            f"{KEY_VARIABLE} has {len(given.strip())} characters; needed are at least {SHORTEST_KEY} that nobody guesses, without "
+            f"{KEY_VARIABLE} has {len(given.strip())} characters; needed are at least {SHORTEST_KEY} that nobody guesses, and no "
             "blanks around them. Unset it, and a key is drawn"
         )
     return given, False

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from luthier.engine.requests import Completion, FinishReason, Mix, Sampling, TokenLogprob
 from luthier.engine.text import TextStream
+from luthier.models.pooling import PoolingKind
 
 if TYPE_CHECKING:
     from luthier.engine.adapters import AdapterWeights
@@ -87,6 +90,7 @@ class Job:
     """What the engine knows of a request. `names` are its adapters with their strengths, `mix` the same by content.
 
     With `targets` nothing is generated: for each prompt token they name the next one whose log-probability is asked for, or -1.
+    With `pooling` neither: the last hidden states of the prompt become one vector.
     """
 
     handle: Handle
@@ -97,6 +101,8 @@ class Job:
     row: "RowDraw"
     text: TextStream | None
     targets: tuple[int, ...] | None = None
+    pooling: PoolingKind | None = None
+    pooled_I: "np.ndarray | None" = None
     mix: Mix = ()
     futures: "dict[str, Future[AdapterWeights]]" = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
@@ -118,15 +124,27 @@ class Job:
     @property
     def max_new_tokens(self) -> int:
         """How many tokens it may come to hold beside its prompt."""
-        return self.sampling.max_new_tokens if self.targets is None else 0
+        return self.sampling.max_new_tokens if self.targets is None and self.pooling is None else 0
 
     @property
     def shared(self) -> tuple[int, ...]:
-        """The tokens of the prompt whose beginning may come from the prefix cache: none whose own log-probability is asked."""
+        """The tokens of the prompt whose beginning may come from the prefix cache: none that is itself asked about."""
+        if self.pooling in ("mean", "first"):
+            return self.prompt[:1]
         if self.targets is None:
             return self.prompt
         first = next(place for place, target in enumerate(self.targets) if target >= 0)
         return self.prompt[: first + 1]
+
+    def pool(self, hidden_TI: "np.ndarray") -> None:
+        """Take in the last hidden states of the next tokens of the prompt."""
+        if self.pooling == "mean":
+            summed_I = hidden_TI.sum(axis=0, dtype=np.float64) / len(self.prompt)
+            self.pooled_I = summed_I if self.pooled_I is None else self.pooled_I + summed_I
+        elif self.pooling == "last":
+            self.pooled_I = hidden_TI[-1]
+        elif self.pooled_I is None:
+            self.pooled_I = hidden_TI[0]
 
     def completion(self, reason: FinishReason, error: Exception | None = None) -> Completion:
         """Return the answer as it is now."""
@@ -142,4 +160,5 @@ class Job:
             first_token_seconds=None if self.first_at is None else self.first_at - self.taken_at,
             seconds=now - self.taken_at,
             error=None if error is None else str(error),
+            vector=None if self.pooled_I is None else tuple(self.pooled_I.tolist()),
         )

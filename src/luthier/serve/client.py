@@ -1,4 +1,4 @@
-"""A server of OpenAI's API from outside: its models, and answers to chats as they are made. For the terminal and for load tests."""
+"""A server of OpenAI's API from outside: its models, and answers to chats as they come. For the terminal and for load tests."""
 
 import json
 from collections.abc import AsyncIterator, Sequence

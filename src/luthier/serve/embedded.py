@@ -12,7 +12,7 @@ from luthier.serve.settings import EngineSettings
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What an engine came to be. `path` is the folder of the base and its tokenizer, `wait_policy` how its threads wait for work."""
+    """What an engine came to be. `path` is the folder of base and tokenizer, `wait_policy` how its threads wait for work."""
 
     path: str
     dtype: str

@@ -8,7 +8,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -138,10 +138,8 @@ async def _hang_up(client: Client, asked: Asked, messages: Sequence[Message], ma
     await asyncio.wait({waiting}, timeout=dice.random() * 0.2)
     waiting.cancel()
     asked.ended = "left"
-    try:
+    with suppress(asyncio.CancelledError):
         await waiting
-    except asyncio.CancelledError:
-        pass
 
 
 def summary(done: Sequence[Asked], seconds: float) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def log_to(stream: IO[str], secrets: Iterable[str] = ()) -> None:
 
 def log_request(notes: Observed, decode: Callable[[tuple[int, ...]], str] | None = None) -> None:
     """Write a request's line. With `decode` (token ids to text) it has what was kept of prompts and answers, too."""
+    if not requests.isEnabledFor(logging.INFO):
+        return
     answers, caller = notes.answers, notes.caller
     firsts = [each.first_token_seconds for each in answers if each.first_token_seconds is not None]
     fields: dict[str, Any] = {

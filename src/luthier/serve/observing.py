@@ -5,7 +5,6 @@
 and answers are kept only where the log was told to have them.
 """
 
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
@@ -66,7 +65,7 @@ class AnswerNotes:
 class Observed:
     """One HTTP request. `route` is the path as it was declared, so that there are few of them; `at` is wall time."""
 
-    id: str = field(default_factory=lambda: f"req-{secrets.token_hex(12)}")
+    id: str = ""
     method: str = ""
     route: str = "other"
     traceparent: str | None = None
@@ -79,8 +78,9 @@ class Observed:
     status: int = 500
     seconds: float = 0.0
 
-    def answer(self, adapter: str | None, prompt_ids: tuple[int, ...], *, keeps_text: bool = False) -> AnswerNotes:
-        """Note that an answer begins."""
+    def answer(self, model: str, adapter: str | None, prompt_ids: tuple[int, ...], *, keeps_text: bool = False) -> AnswerNotes:
+        """Note that an answer begins. `model` is a name that the caller may use: what else stood in the request is no name."""
+        self.model = model
         answered = AnswerNotes(adapter, len(prompt_ids), prompt_ids if keeps_text else (), keeps_text=keeps_text)
         self.answers.append(answered)
         return answered
@@ -96,7 +96,7 @@ def observed() -> Observed:
 
 
 class Observing:
-    """ASGI middleware: notes each HTTP request, and sends its id along as X-Request-Id."""
+    """ASGI middleware: notes each HTTP request, under the id that the app has given it."""
 
     def __init__(self, app: Any, readers: Iterable[Reader]):
         self.app, self.readers = app, tuple(readers)
@@ -120,7 +120,6 @@ class Observing:
             nonlocal is_complete
             if message["type"] == "http.response.start":
                 notes.status = message["status"]
-                message = message | {"headers": [*message.get("headers", ()), (b"x-request-id", notes.id.encode())]}
             elif message["type"] == "http.response.body":
                 is_complete = not message.get("more_body", False)
             await send(message)
@@ -130,6 +129,7 @@ class Observing:
             await self.app(scope, heard, said)
         finally:
             _current.reset(token)
+            notes.id = scope.get("state", {}).get("request_id", "")
             notes.seconds = time.monotonic() - notes.began
             notes.route = getattr(scope.get("route"), "path", "other")
             notes.status = GONE if is_gone else notes.status

@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, Self
 
 from luthier.core.errors import EngineError, LuthierError
@@ -73,7 +73,7 @@ class ProcessBackend:
         return None if self._life is None or self._away is not None else self._life.process.pid
 
     async def start(self) -> None:
-        """Load the base. Raises: what loading it raises, as if it had been loaded here; EngineError if the process dies over it."""
+        """Load the base. Raises: what loading it raises, as if it were loaded here; EngineError if the process dies over it."""
         if self._supervising is not None:
             return
         self._away = "the engine is being started"
@@ -94,7 +94,11 @@ class ProcessBackend:
         """Return why it does not answer."""
         return self._away
 
-    async def stream(self, ask: Ask) -> AsyncIterator[Event]:
+    async def room(self) -> int:
+        """Return how many tokens a prompt and its answer may have together."""
+        return min(self.facts["kv_tokens"], self.facts["max_request_tokens"] or self.facts["kv_tokens"])
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Yield the answer as it is made."""
         life, answer = self._living(), Answer()
         parts = life.ask(ask)
