@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,11 @@ def serve(
     drain_seconds: float = typer.Option(30.0, min=0, help="How long running answers may go on after a stop is asked for."),
     state: Path | None = typer.Option(None, help="Folder for what must outlive the process. Default: in $XDG_STATE_HOME."),
     log_prompts: bool = typer.Option(False, help="Write prompts and answers into the log."),
+    otlp: str | None = typer.Option(
+        None,
+        metavar="URL",
+        help="Send traces there over OTLP/HTTP, as http://127.0.0.1:4318/v1/traces. Needs luthier[telemetry].",
+    ),
     docs: bool = typer.Option(False, help="Answer /docs and /openapi.json."),
     as_json: bool = JSON,
 ) -> None:
@@ -94,7 +100,7 @@ def serve(
     )
     key, is_drawn = api_key()
     with listening_socket(host, port) as sock:
-        serving = Serving(settings, computing, engine, threads, console, as_json)
+        serving = Serving(settings, computing, engine, threads, otlp, console, as_json)
         asyncio.run(serving.run(sock, key, is_drawn))
 
 
@@ -107,10 +113,11 @@ class Serving:
         computing: "EngineSettings",
         engine: str,
         threads: int | None,
+        otlp: str | None,
         console: "Console",
         as_json: bool,
     ):
-        self.settings, self.computing, self.engine, self.threads = settings, computing, engine, threads
+        self.settings, self.computing, self.engine, self.threads, self.otlp = settings, computing, engine, threads, otlp
         self.console, self.as_json = console, as_json
 
     async def run(self, sock: "socket.socket", key: str, is_drawn: bool) -> None:
@@ -118,19 +125,27 @@ class Serving:
         from luthier.models.load import read_tokenizer
         from luthier.serve.app import make_app
         from luthier.serve.gateway import Gateway
+        from luthier.serve.logs import log_to
         from luthier.serve.running import run
+        from luthier.serve.telemetry import Traces
         from luthier.serve.views import FixedViews, local_view
 
+        log_to(sys.stderr, secrets=[key])
+        traces = None if self.otlp is None else Traces(self.otlp)
         backend, facts = await self._start()
         try:
             for name in self.computing.adapters:
                 await backend.load(name)
             views: Views = FixedViews(local_view(key, self.settings.served_name, self.computing.adapters))
-            app = make_app(Gateway(self.settings, backend, read_tokenizer(Path(facts["path"])), views))
+            app = make_app(
+                Gateway(self.settings, backend, read_tokenizer(Path(facts["path"])), views), [traces] if traces else []
+            )
             ready = lambda: self._tell(sock, facts, key if is_drawn else None)  # noqa: E731
             await run(app, sock, drain_seconds=self.settings.drain_seconds, on_ready=ready)
         finally:
             await backend.close()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
 
     async def _start(self) -> "tuple[Backend, dict[str, Any]]":
         """Return an engine that answers, and what is to be told of it."""

@@ -24,6 +24,7 @@ from typing import Any
 from luthier.engine.jobs import Event, Handle
 from luthier.serve.backend import Ask, EngineBackend
 from luthier.serve.embedded import load_backend
+from luthier.serve.logs import log_to
 from luthier.serve.settings import EngineSettings
 from luthier.serve.wire import Message, Part, error_fields, frame, part_of, read_ask, read_message
 
@@ -181,7 +182,7 @@ def main() -> None:
     die_with(int(sys.argv[2]))
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    logging.basicConfig(level=logging.WARNING, format="engine: %(message)s")
+    log_to(sys.stderr)
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)  # or a program started from here would hold it open after our death
     sys.exit(asyncio.run(serve(sock)))
