@@ -52,7 +52,8 @@ class Worker:
         kind = message["kind"]
         if kind == "ask":
             ask = read_ask(message)
-            asked = self._asked[ask.id] = Future()
+            asked: Future[Handle] = Future()
+            self._asked[ask.id] = asked
             if ask.sampling.constraint is None:
                 self._submit(ask, asked)
             else:  # its grammar is read first, which takes a second the first time
