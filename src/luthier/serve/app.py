@@ -17,12 +17,15 @@ from luthier.core.errors import LuthierError
 from luthier.serve.answers import ClientLeftError
 from luthier.serve.errors import ApiError
 from luthier.serve.gateway import Gateway, refusal_of
+from luthier.serve.limits import told
 from luthier.serve.logs import log_request
 from luthier.serve.observing import Observing, Reader, observed
 from luthier.serve.routing import describe, refusal_of_body
 
 log = logging.getLogger(__name__)
 
+REFUSED = frozenset({b"retry-after"})
+"""A refusal says by itself what is left."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 CLIENT_LEFT = 499
 """nginx's status for it; nobody gets to see it but the log."""
@@ -33,27 +36,28 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
-    """Return the gateway's app. It starts and stops the backend with its own life.
+    """Return the gateway's app. It starts and stops the gateway, and with it the backend, with its own life.
 
     `readers` get the notes of each request that is over, beside the metrics and the log.
     """
     from luthier import __version__
-    from luthier.serve import chat, completions, embeddings, metrics, models
+    from luthier.serve import admin, chat, completions, embeddings, feedback, governance, health, metrics, models
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        await gateway.backend.start()
+        await gateway.start()
         try:
             yield
         finally:
-            await gateway.backend.close()
-            gateway.prompts.close()
+            await gateway.close()
 
     docs = {} if gateway.settings.docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="luthier", version=__version__, lifespan=life, **docs)
     app.state.gateway, app.state.metrics = gateway, metrics.Metrics()
-    for routes in (models, chat, completions, embeddings, metrics):
+    for routes in (models, chat, completions, embeddings, feedback, health, admin, metrics):
         app.include_router(routes.router)
+    app.include_router(governance.promoting)
+    app.include_router(governance.approving)
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(LuthierError, _failed_on_purpose)
@@ -63,6 +67,7 @@ def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(BodyLimit, max_bytes=gateway.settings.max_body_bytes)
     app.add_middleware(RequestIds)
+    app.add_middleware(RateHeaders)
     decode = partial(gateway.tokenizer.decode, skip_special_tokens=False) if gateway.settings.log_prompts else None
     app.add_middleware(Observing, readers=(app.state.metrics.observe, partial(log_request, decode=decode), *readers))
     return app
@@ -95,6 +100,32 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, marked)
+
+
+class RateHeaders:
+    """ASGI middleware: an answer that was let in by limits says how much of them is left."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        left: dict[str, str] = {}
+        token = told.set(left)
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start" and left and not any(name in REFUSED for name, _ in message["headers"]):
+                headers = [(name.encode(), value.encode()) for name, value in left.items()]
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, marked)
+        finally:
+            told.reset(token)
 
 
 class BodyLimit:
