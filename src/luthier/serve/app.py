@@ -53,7 +53,7 @@ def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
 
     docs = {} if gateway.settings.docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="luthier", version=__version__, lifespan=life, **docs)
-    app.state.gateway, app.state.metrics = gateway, metrics.Metrics()
+    app.state.gateway, app.state.metrics = gateway, metrics.Metrics(view_age=gateway.views.age)
     for routes in (models, chat, completions, embeddings, feedback, health, admin, metrics):
         app.include_router(routes.router)
     app.include_router(governance.promoting)

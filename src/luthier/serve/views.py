@@ -38,6 +38,10 @@ class Views(Protocol):
         """Return why there is no view to be trusted, in words that tell nothing of tenants; None where there is one."""
         ...
 
+    def age(self) -> float | None:
+        """Return how many seconds ago the registry was last read; None where there is none, or it never was."""
+        ...
+
     async def start(self, taken: Callable[[ServingView], None]) -> None:
         """Begin to look; `taken` is told each new view."""
 
@@ -60,6 +64,10 @@ class FixedViews:
 
     def fault(self) -> str | None:
         """Return None: it does not age."""
+        return None
+
+    def age(self) -> float | None:
+        """Return None."""
         return None
 
     async def start(self, taken: Callable[[ServingView], None]) -> None:
@@ -102,6 +110,10 @@ class WatchedViews:
         if self._view is None:
             return "the registry has not been read yet"
         return f"the registry has been out of reach for {age:.0f} seconds" if age > self._stale_seconds else None
+
+    def age(self) -> float | None:
+        """Return how many seconds ago the last look began that succeeded."""
+        return None if self._view is None else self._clock() - self._seen_at
 
     @property
     def away_because(self) -> str | None:
