@@ -101,7 +101,9 @@ def version(number: int, adapter: str = "orders") -> VersionTarget:
     return VersionTarget(f"{adapter}:{number}", number, f"{number:064x}")
 
 
-def surface(control: int | None, weights: Mapping[int, int] | None = None, *, epoch: int = 1, unit: str = "user") -> SurfaceTarget:
+def surface(
+    control: int | None, weights: Mapping[int, int] | None = None, *, epoch: int = 1, unit: str = "user"
+) -> SurfaceTarget:
     """Return the surface `shop`, which one version serves, or several by weight."""
     arms = None
     if weights is not None:

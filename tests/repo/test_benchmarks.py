@@ -141,6 +141,19 @@ def test_serve_many_runs_tiny(root: Path, folder: Path) -> None:
     assert 0 <= result["tenants"]["quiet_share_of_tokens"] <= 1
 
 
+def test_serve_soak_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--clients", "6", "--minutes", "0.1", "--adapters", "2", "--prompts", "3", "--tokens", "8", "--threads", "1")
+    result = result_of(root, folder, "serve_soak.py", *size, "--rounds", "1", "--cost-requests", "6")
+    soak = result["soak"]
+    assert soak["wrong"] == {} and soak["errors"] == {}
+    assert soak["requests"] == sum(soak["ended"].values()) > 20
+    assert soak["ended"]["left"] > 0 and soak["models"] == 3
+    assert not any(result["left_over"].values())
+    assert result["different_answers"] > 1 / 3  # or an answer of the wrong adapter would not be seen
+    assert set(soak["memory_mib"]) == {"at_20", "at_100"}
+    assert result["cost"]["gateway_of_engine_cpu"] > 0 and result["cost"]["http_of_direct_speed"] > 0
+
+
 @pytest.mark.slow
 def test_adapter_cycles_run_tiny(root: Path, folder: Path) -> None:
     size = ("--cycles", "9", "--settle", "2", "--every", "3", "--adapters", "2", "--dtype", "float32", "--threads", "1")

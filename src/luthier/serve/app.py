@@ -3,7 +3,7 @@
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from luthier.serve.answers import ClientLeftError
 from luthier.serve.errors import ApiError
 from luthier.serve.gateway import Gateway, refusal_of
 from luthier.serve.limits import told
+from luthier.serve.logs import log_request
+from luthier.serve.observing import Observing, Reader, observed
 from luthier.serve.routing import describe, refusal_of_body
 
 log = logging.getLogger(__name__)
@@ -33,10 +35,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def make_app(gateway: Gateway) -> FastAPI:
-    """Return the gateway's app. It starts and stops the gateway, and with it the backend, with its own life."""
+def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
+    """Return the gateway's app. It starts and stops the gateway, and with it the backend, with its own life.
+
+    `readers` get the notes of each request that is over, beside the metrics and the log.
+    """
     from luthier import __version__
-    from luthier.serve import admin, chat, completions, embeddings, feedback, governance, health, models
+    from luthier.serve import admin, chat, completions, embeddings, feedback, governance, health, metrics, models
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -48,8 +53,8 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     docs = {} if gateway.settings.docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="luthier", version=__version__, lifespan=life, **docs)
-    app.state.gateway = gateway
-    for routes in (models, chat, completions, embeddings, feedback, health, admin):
+    app.state.gateway, app.state.metrics = gateway, metrics.Metrics(view_age=gateway.views.age)
+    for routes in (models, chat, completions, embeddings, feedback, health, admin, metrics):
         app.include_router(routes.router)
     app.include_router(governance.promoting)
     app.include_router(governance.approving)
@@ -63,6 +68,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=gateway.settings.max_body_bytes)
     app.add_middleware(RequestIds)
     app.add_middleware(RateHeaders)
+    decode = partial(gateway.tokenizer.decode, skip_special_tokens=False) if gateway.settings.log_prompts else None
+    app.add_middleware(Observing, readers=(app.state.metrics.observe, partial(log_request, decode=decode), *readers))
     return app
 
 
@@ -152,12 +159,14 @@ class BodyLimit:
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    observed().error = error.code or error.type
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
 async def _failed_on_purpose(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LuthierError)
     refusal = refusal_of(error)
+    observed().error = type(error).__name__
     if refusal.status == 500:
         log.error("a request failed", exc_info=error)
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)

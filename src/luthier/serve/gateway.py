@@ -39,11 +39,11 @@ from luthier.serve.errors import ApiError, no_key, no_model, not_allowed, too_ma
 from luthier.serve.guarding import Guard
 from luthier.serve.ledger import Answered, Ledger
 from luthier.serve.limits import Limits, Permit
+from luthier.serve.observing import observed
 from luthier.serve.prompts import Prompts
 from luthier.serve.residency import Residency, Use
 from luthier.serve.settings import ServeSettings
 from luthier.serve.views import Views
-
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class Gateway:
             raise no_key()
         if scope not in caller.scopes:
             raise not_allowed(scope)
+        observed().caller = caller
         return caller
 
     def target(self, caller: Caller, name: str) -> Target:
@@ -211,10 +212,12 @@ class Gateway:
         async with self._answering(caller, route, len(prompt_ids), sampling.max_new_tokens, request_id) as answer:
             answer.is_further = is_further
             ask = Ask(request_id, prompt_ids, route.adapter, sampling, caller.tenant)
+            notes = observed().answer(route.model, route.adapter, prompt_ids, keeps_text=self.settings.log_prompts)
             async with aclosing(self.backend.stream(ask)) as events:
                 async for event in events:
                     answer.check()
                     answer.see(event)
+                    notes.saw(event)
                     yield event
 
     async def embed(

@@ -106,9 +106,7 @@ async def promote(body: Promotion, caller: CallerOf, gateway: GatewayOf) -> dict
     def act(registry: "Registry") -> dict[str, Any]:
         with registry.database.reading() as session:
             check_reach(session, caller, surface=body.surface, version=body.version)
-        done = promotion.promote(
-            registry, body.version, body.surface, actor=caller.actor, expected_current=body.expected_current
-        )
+        done = promotion.promote(registry, body.version, body.surface, actor=caller.actor, expected_current=body.expected_current)
         return done.as_dict()
 
     return await _change(gateway, act)

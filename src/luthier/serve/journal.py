@@ -63,7 +63,9 @@ class Journal:
                 raise OSError(28, f"{written} of {len(line)} bytes were written")
         except OSError as error:
             self.seal()  # the next line must not be glued to what was written of this one
-            raise StorageError(error.errno, f"a line of the journal was not written: {error.strerror}", str(self.folder)) from error
+            raise StorageError(
+                error.errno, f"a line of the journal was not written: {error.strerror}", str(self.folder)
+            ) from error
         self._sizes[path] = self._sizes.get(path, 0) + len(line)
         if self._sizes[path] >= self.segment_bytes:
             self.seal()

@@ -210,9 +210,7 @@ def span(seconds: float) -> str:
     return f"{f'{minutes:.0f}m' if minutes else ''}{rest:g}s"
 
 
-def _refusal(
-    what: str, limit: int | None, used: int, wanted: int, wait: Callable[[int], float]
-) -> tuple[float, str] | None:
+def _refusal(what: str, limit: int | None, used: int, wanted: int, wait: Callable[[int], float]) -> tuple[float, str] | None:
     """How long to wait for room and what to say, or None where there is room."""
     if limit is None or used + wanted <= limit:
         return None

@@ -17,7 +17,7 @@ from luthier.serve.background import Repeating, Worker
 from luthier.serve.errors import unavailable
 
 if TYPE_CHECKING:
-    from luthier.registry.place import Registry
+    pass
 
 LOCAL = "local"
 FIRST_LOOK_SECONDS = 10.0
@@ -36,6 +36,10 @@ class Views(Protocol):
 
     def fault(self) -> str | None:
         """Return why there is no view to be trusted, in words that tell nothing of tenants; None where there is one."""
+        ...
+
+    def age(self) -> float | None:
+        """Return how many seconds ago the registry was last read; None where there is none, or it never was."""
         ...
 
     async def start(self, taken: Callable[[ServingView], None]) -> None:
@@ -62,6 +66,10 @@ class FixedViews:
         """Return None: it does not age."""
         return None
 
+    def age(self) -> float | None:
+        """Return None."""
+        return None
+
     async def start(self, taken: Callable[[ServingView], None]) -> None:
         """Tell the one view."""
         taken(self._view)
@@ -80,9 +88,7 @@ class WatchedViews:
     revoked meanwhile would count for ever otherwise. A look that hangs is no look that succeeded.
     """
 
-    def __init__(
-        self, look: Look, *, refresh_seconds: float, stale_seconds: float, clock: Callable[[], float] = time.monotonic
-    ):
+    def __init__(self, look: Look, *, refresh_seconds: float, stale_seconds: float, clock: Callable[[], float] = time.monotonic):
         self._look, self._stale_seconds, self._clock = look, stale_seconds, clock
         self._worker = Worker("views")
         self._repeating = Repeating("looking for changes of the registry", refresh_seconds, self.refresh)
@@ -104,6 +110,10 @@ class WatchedViews:
         if self._view is None:
             return "the registry has not been read yet"
         return f"the registry has been out of reach for {age:.0f} seconds" if age > self._stale_seconds else None
+
+    def age(self) -> float | None:
+        """Return how many seconds ago the last look began that succeeded."""
+        return None if self._view is None else self._clock() - self._seen_at
 
     @property
     def away_because(self) -> str | None:
@@ -130,7 +140,9 @@ class WatchedViews:
             view = await self._worker.do(self._look, None if self._view is None else self._view.revision)
         except (SQLAlchemyError, LuthierError, OSError) as error:
             if self._away_because is None:
-                log.warning("the registry is out of reach; what was last read of it counts for %g s: %s", self._stale_seconds, error)
+                log.warning(
+                    "the registry is out of reach; what was last read of it counts for %g s: %s", self._stale_seconds, error
+                )
             self._away_because = str(error)
             return
         if self._away_because is not None:
