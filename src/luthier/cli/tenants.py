@@ -141,9 +141,7 @@ def quota(
 
 
 @tenants_app.command("deactivate")
-def deactivate(
-    tenant: str = TENANT, actor: str | None = ACTOR, registry: str | None = REGISTRY, as_json: bool = JSON
-) -> None:
+def deactivate(tenant: str = TENANT, actor: str | None = ACTOR, registry: str | None = REGISTRY, as_json: bool = JSON) -> None:
     """Let none of a tenant's keys work until it is activated again."""
     _set_active(tenant, actor, registry, as_json, is_active=False)
 

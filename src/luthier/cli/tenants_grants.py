@@ -49,9 +49,7 @@ def _named(adapter: list[str], version: list[str], surface: list[str], base: boo
     return named
 
 
-def _change(
-    what: str, tenant: str, named: list[tuple[str, str]], actor: str | None, registry: str | None, as_json: bool
-) -> None:
+def _change(what: str, tenant: str, named: list[tuple[str, str]], actor: str | None, registry: str | None, as_json: bool) -> None:
     console = make_console(as_json)
     from luthier.registry import tenants
     from luthier.registry.tenancy import GrantKind
@@ -61,9 +59,7 @@ def _change(
     change = tenants.grant if what == "grant" else tenants.ungrant
     with store.database.writing() as session:
         row = tenants.find_tenant(session, tenant)
-        changed = [
-            {"kind": kind, "target": change(session, row, GrantKind(kind), target, actor=who)} for kind, target in named
-        ]
+        changed = [{"kind": kind, "target": change(session, row, GrantKind(kind), target, actor=who)} for kind, target in named]
     if as_json:
         print_json({"tenant": tenant, what: changed})
         return

@@ -195,9 +195,7 @@ def _usable(
     for name, number, version_id, digest, created_at in session.execute(query):
         versions[version_id] = target = VersionTarget(f"{name}:{number}", version_id, digest, created_at)
         numbered.setdefault(name, {})[target.reference] = target
-    adapters = {
-        name: ({name: next(iter(known.values()))} if len(known) == 1 else {}) | known for name, known in numbered.items()
-    }
+    adapters = {name: ({name: next(iter(known.values()))} if len(known) == 1 else {}) | known for name, known in numbered.items()}
     aliases = select(Adapter.name, Alias.name, Alias.version_id).join(Adapter, Adapter.id == Alias.adapter_id)
     for name, alias, version_id in session.execute(aliases.order_by(Adapter.name, Alias.name)):
         if version_id in versions:
