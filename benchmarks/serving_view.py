@@ -1,9 +1,9 @@
 """What does a gateway pay to know who may call what, and to tell what was used?
 
-Fills a registry (10,000 versions of 500 adapters for 200 tenants, each with two keys, adapters of its own, two that were granted, a
-surface and the base) on SQLite and on a PostgreSQL of its own where one is installed. Then: asking whether anything changed, which
-gateways do every second; reading the whole view, which they do when something did; the same where every tenant was granted every
-adapter; and telling a batch of 500 answers, for the first time and once more. Medians. The last line on stdout is one JSON
+Fills a registry (10,000 versions of 500 adapters for 200 tenants, each with two keys, adapters of its own, two that were granted,
+a surface and the base) on SQLite and on a PostgreSQL of its own where one is installed. Then: asking whether anything changed,
+which gateways do every second; reading the whole view, which they do when something did; the same where every tenant was granted
+every adapter; and telling a batch of 500 answers, for the first time and once more. Medians. The last line on stdout is one JSON
 document. `--versions 100 --tenants 4 --repeats 2` is the run of the tests.
 """
 
