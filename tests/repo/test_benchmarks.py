@@ -280,6 +280,15 @@ def test_registry_questions_run_tiny(root: Path, folder: Path) -> None:
         assert by_size["200"]["trained on a person's rows"]["rows"] > 0
 
 
+def test_serving_view_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "serving_view.py", "--versions", "100", "--tenants", "4", "--repeats", "2")
+    kinds = ("sqlite", "postgresql") if postgres_programs() else ("sqlite",)
+    for kind in kinds:
+        assert all(value > 0 for value in result[kind].values())
+        # A hundred versions for each of four tenants, and what is called by an alias; the other view has a part of them.
+        assert 400 < result[kind]["names_of_all"] < 500 and result[kind]["names"] < 400
+
+
 @pytest.mark.slow
 def test_registry_promotions_runs_tiny(root: Path, folder: Path) -> None:
     result = result_of(root, folder, "registry_promotions.py", "--kills", "12", "--longest", "0.2")

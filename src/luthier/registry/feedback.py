@@ -21,6 +21,7 @@ from luthier.registry.surfaces import serving_lock
 from luthier.registry.versions import name_of
 
 LONGEST_METRIC = 100
+LONGEST_ID = 255
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ def give_feedback(
 
     It may come before the answer's usage event. A word on a request that is not this tenant's is kept, and counts for nothing:
     whether there is such a request is nobody else's business.
-    Raises: ConfigError for a value that is not finite, or a metric without a name.
+    Raises: ConfigError for a value that is not finite, a metric without a name, or an id that is longer than any.
     """
     if not isfinite(value):
         raise ConfigError(f"{metric} is {value}; a finite number is needed")
     if not metric or len(metric) > LONGEST_METRIC:
         raise ConfigError(f"a metric's name has 1 to {LONGEST_METRIC} characters, this one {len(metric)}")
+    if not request_id or len(request_id) > LONGEST_ID:
+        raise ConfigError(f"the id of a request has 1 to {LONGEST_ID} characters, this one {len(request_id)}")
     said = {"value": value, "key_id": key_id, "created_at": at or now()}
     keys = {"request_id": request_id, "metric": metric, "tenant_id": tenant_id}
     statement = insert_into(session, Feedback).values(**keys, **said)

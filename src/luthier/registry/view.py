@@ -216,7 +216,7 @@ def _surfaces(session: Session, versions: Mapping[int, VersionTarget]) -> dict[s
     """Every surface by name, with what serves it; what may not be used is left out."""
     alone = select(Deployment.surface_id, Deployment.version_id)
     alone = alone.where(Deployment.ended_at.is_(None), Deployment.experiment_id.is_(None))
-    serving = {surface_id: version_id for surface_id, version_id in session.execute(alone)}
+    serving = dict(session.execute(alone).tuples().all())
     running = {one.surface_id: one for one in session.scalars(select(Experiment).where(Experiment.ended_at.is_(None)))}
     weights: dict[int, dict[int, int]] = {}
     shared = (

@@ -180,10 +180,20 @@ def test_words_on_another_epoch_do_not_count(shop: Registry) -> None:
     assert heard(shop) == {"orders:2": Rating(0.0, 1)}
 
 
-@pytest.mark.parametrize(("metric", "value"), [("rating", float("nan")), ("rating", float("inf")), ("", 1.0), ("m" * 101, 1.0)])
-def test_what_is_no_word_is_refused(shop: Registry, metric: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("request_id", "metric", "value"),
+    [
+        ("a", "rating", float("nan")),
+        ("a", "rating", float("inf")),
+        ("a", "", 1.0),
+        ("a", "m" * 101, 1.0),
+        ("", "rating", 1.0),
+        ("a" * 256, "rating", 1.0),
+    ],
+)
+def test_what_is_no_word_is_refused(shop: Registry, request_id: str, metric: str, value: float) -> None:
     with pytest.raises(ConfigError):
-        say(shop, "a", value, metric=metric)
+        say(shop, request_id, value, metric=metric)
 
 
 # --- the guardrail -----------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from tests.registry_rows import add_base, add_version, key_for, tenant_for
 
+from luthier.registry.doctor import examine_registry
 from luthier.registry.place import Registry
 from luthier.registry.schema_serving import ApiKey, UsageEvent, UsageTotal
 from luthier.registry.usage import Usage, Used, record_usage, tokens_of, usage_by_day, usage_by_version
@@ -99,6 +100,20 @@ def test_a_batch_that_cannot_be_kept_leaves_nothing(any_registry: Registry) -> N
     with pytest.raises(IntegrityError):
         record_usage(any_registry.database, [used(any_registry, "a", acme), used(any_registry, "b", 99)])
     assert totals(any_registry) == sums_of_events(any_registry) == {}
+
+
+def test_the_doctor_sees_sums_that_are_not_those_of_the_events(any_registry: Registry) -> None:
+    acme, globex = two_tenants(any_registry)
+    record_usage(any_registry.database, [used(any_registry, "a", acme), used(any_registry, "b", globex)])
+    assert examine_registry(any_registry) == []
+    with any_registry.database.writing() as session:
+        session.execute(update(UsageTotal).where(UsageTotal.tenant_id == acme).values(requests=2))
+    (finding,) = examine_registry(any_registry)
+    assert (finding.kind, finding.subject) == ("usage", "acme")
+    assert "(2, 10, 4, 3)" in finding.told and "make (1, 10, 4, 3)" in finding.told
+    with any_registry.database.writing() as session:
+        session.execute(delete(UsageTotal))
+    assert [one.subject for one in examine_registry(any_registry)] == ["acme", "globex"]
 
 
 def test_more_events_than_one_statement_takes(registry: Registry) -> None:
