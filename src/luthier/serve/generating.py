@@ -45,7 +45,7 @@ class Head:
 
 
 def routed(gateway: Gateway, caller: Caller, request: Request, name: str, user: str | None) -> Route:
-    """Return which version answers a request: an experiment's arm by its user, its X-Session-Id or its tenant. Raises: ApiError."""
+    """Return what answers a request: an experiment's arm by its user, its X-Session-Id or its tenant. Raises: ApiError."""
     unit = gateway.unit_of(caller, name, user=user, session=request.headers.get("x-session-id"))
     return gateway.route(caller, name, unit=unit)
 

@@ -4,8 +4,8 @@
     FOLDER/lock               held by the process that writes
 
 A line is handed to the kernel in one write before `append` returns, so it survives a process that is killed; a machine that loses
-its power may lose the last half minute, which the kernel keeps in memory. A line that was cut off in the middle is left out when it is read: nobody was told
-that it was written.
+its power may lose the last half minute, which the kernel keeps in memory. A line that was cut off in the middle is left out when
+it is read: nobody was told that it was written.
 """
 
 import fcntl

@@ -4,9 +4,10 @@
     settle    what it really took takes the place of what was reserved
 
 So a burst cannot run over a quota of tokens: what might come of those under way is counted already. The windows of a minute slide,
-in slots of a second: in no 60 seconds does more begin than is allowed, at most one second of it is a second too late. The minute
-is each gateway's own: n gateways let through n times as much. The day (UTC) is the registry's sum of all gateways, read every few
-seconds, with what this one has not told it yet; so several gateways may together run over by what they let in between two reads.
+in slots of a second: in no 60 seconds does more begin than is allowed, and what is free again is so at most a second late. The
+minute is each gateway's own: n gateways let through n times as much. The day (UTC) is the registry's sum of all gateways, read
+every few seconds, with what this one has not told it yet; so several gateways may together run over by what they let in between
+two reads.
 """
 
 import math

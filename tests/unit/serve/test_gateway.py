@@ -246,9 +246,7 @@ def test_an_arm_is_recorded_with_its_unit_and_the_control_without_one(scene: Sce
     assert first.unit_digest != second.unit_digest and (first.experiment_id, first.epoch) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("unit", "expected"), [("user", "acme/u"), ("session", "acme/s"), ("tenant", "acme"), ("planet", None)]
-)
+@pytest.mark.parametrize(("unit", "expected"), [("user", "acme/u"), ("session", "acme/s"), ("tenant", "acme"), ("planet", None)])
 def test_the_unit_is_what_the_experiment_counts(tmp_path: Path, unit: str, expected: str | None) -> None:
     scene = Scene(tmp_path, view(1, shop=surface(1, {1: 5000, 2: 5000}, unit=unit)))
 

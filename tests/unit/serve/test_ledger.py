@@ -1,4 +1,4 @@
-"""The ledger: what a client was answered is in the books once, whoever was killed meanwhile: the server, the registry, or both."""
+"""The ledger: what a client was answered is in the books once, whoever was killed meanwhile."""
 
 import asyncio
 import json

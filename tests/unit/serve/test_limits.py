@@ -1,4 +1,4 @@
-"""Limits: no 60 seconds with more than is allowed, nothing overrun by a burst, and what is told of it. The clock is the test's."""
+"""Limits: no minute with more than is allowed, nothing overrun by a burst, and what is told of it. The clock is the test's."""
 
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta

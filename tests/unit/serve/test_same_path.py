@@ -1,4 +1,4 @@
-"""A name that is known to others and one that nobody knows take the same way through the gateway: one look into one dictionary."""
+"""A name that is known to others and one that nobody knows take the same way: one look into one dictionary."""
 
 import asyncio
 from collections.abc import Iterator
