@@ -3,8 +3,8 @@
     enter     prompt and the longest answer are reserved, or the request is refused with 429 and told when to come back
     settle    what it really took takes the place of what was reserved
 
-So a burst cannot run over a quota of tokens: what might come of those under way is counted already. The windows of a minute slide,
-in slots of a second: in no 60 seconds does more begin than is allowed, and what is free again is so at most a second late. The
+So a burst cannot run over a quota of tokens: what might come of those under way is counted already. The minute slides, in slots
+of a second: in no 60 seconds does more begin than is allowed, and what is free again is so at most a second late. The
 minute is each gateway's own: n gateways let through n times as much. The day (UTC) is the registry's sum of all gateways, read
 every few seconds, with what this one has not told it yet; so several gateways may together run over by what they let in between
 two reads.
