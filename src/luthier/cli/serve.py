@@ -215,7 +215,8 @@ class Serving:
             highlight=False,
             soft_wrap=True,
         )
-        say(f"  engine    {self.engine}, {facts['threads']} threads", highlight=False)
+        waiting = "sleep" if facts["wait_policy"] == "passive" else "spin"
+        say(f"  engine    {self.engine}, {facts['threads']} threads that {waiting} while they wait", highlight=False)
         if facts["slow_because"]:
             say(f"  slow      one request after another: {facts['slow_because']}", highlight=False, soft_wrap=True)
         if host not in LOOPBACK:

@@ -195,17 +195,21 @@ class _Life:
     ) -> Self:
         """Start a process and return once it is ready. Raises: what loading raised there, EngineError if it died."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            # -P: a file in the working directory is no module of ours.
-            words = ("-P", "-m", "luthier.serve.worker", str(theirs.fileno()), str(os.getpid()))
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *words,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,  # whatever a library prints belongs beside the log
-                pass_fds=[theirs.fileno()],
-                env=environment,
-            )
+        try:
+            with theirs:
+                # -P: a file in the working directory is no module of ours.
+                words = ("-P", "-m", "luthier.serve.worker", str(theirs.fileno()), str(os.getpid()))
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *words,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=2,  # whatever a library prints belongs beside the log
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                )
+        except BaseException:
+            ours.close()
+            raise
         life = cls(process, *await asyncio.open_connection(sock=ours))
         try:
             await life._load(settings, progress)

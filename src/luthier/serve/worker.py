@@ -8,6 +8,7 @@ once and sends all that is there by then, which is mostly one step's.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import dataclasses
 import logging
@@ -139,7 +140,7 @@ async def serve(sock: socket.socket) -> int:
     except Exception as error:
         logging.getLogger(__name__).debug("the engine was not loaded", exc_info=True)
         writer.write(frame({"kind": "failed", "error": error_fields(error)}))
-        await writer.drain()
+        await _sent(writer)
         return 1
     worker = Worker(backend, writer)
     worker.send({"kind": "ready", "facts": dataclasses.asdict(facts)})
@@ -160,14 +161,21 @@ async def _until_the_end(
     broken = asyncio.ensure_future(worker.broken.wait())
     await asyncio.wait({reading, broken}, return_when=asyncio.FIRST_COMPLETED)
     if not reading.done():
-        await writer.drain()
-        return FAULT
+        await _sent(writer)
+        os._exit(FAULT)  # what other threads still wait for will not come
     if not reading.result():
         os._exit(0)  # the gateway is gone: there is nobody to finish for
     await worker.backend.close()
-    await asyncio.sleep(0)  # the last events, which the engine's thread has left by now, are sent
-    await writer.drain()
+    await asyncio.sleep(0)  # the last events, which the engine's thread has left by now, are written
+    await _sent(writer)
     return 0
+
+
+async def _sent(writer: asyncio.StreamWriter) -> None:
+    """Close the socket once all that was written is sent."""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 def die_with(parent: int) -> None:
