@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from luthier.core.errors import LuthierError
 from luthier.serve.answers import ClientLeftError
-from luthier.serve.errors import ApiError
+from luthier.serve.errors import ApiError, server_fault
 from luthier.serve.gateway import Gateway, refusal_of
 from luthier.serve.limits import told
 from luthier.serve.logs import log_request
@@ -64,7 +64,6 @@ def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientLeftError, _nobody)
-    app.add_exception_handler(Exception, _failed)
     app.add_middleware(BodyLimit, max_bytes=gateway.settings.max_body_bytes)
     app.add_middleware(RequestIds)
     app.add_middleware(RateHeaders)
@@ -80,7 +79,10 @@ def gateway_of(request: Request) -> Gateway:
 
 
 class RequestIds:
-    """ASGI middleware: each answer says its request's id in X-Request-Id: the client's own, or a new one."""
+    """ASGI middleware: each answer says its request's id in X-Request-Id: the client's own, or a new one.
+
+    That goes for failures of our own too, which are logged under it and answered here: it is what a user can tell us of them.
+    """
 
     def __init__(self, app: Any):
         self.app = app
@@ -94,12 +96,21 @@ class RequestIds:
         id = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
         scope.setdefault("state", {})["request_id"] = id.decode()
 
+        has_begun = False
+
         async def marked(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", id)]}
             await send(message)
 
-        await self.app(scope, receive, marked)
+        try:
+            await self.app(scope, receive, marked)
+        except Exception:
+            log.exception("request %s failed", id.decode())
+            if not has_begun:
+                await JSONResponse(server_fault().body(), 500)(scope, receive, marked)
 
 
 class RateHeaders:
@@ -184,7 +195,3 @@ async def _http(_: Request, error: Exception) -> JSONResponse:
 
 async def _nobody(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_LEFT)
-
-
-async def _failed(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(ApiError(500, "The server failed; its log says why.", type="server_error").body(), 500)

@@ -46,12 +46,12 @@ async def chat(body: ChatBody, request: Request, caller: CallerOf, gateway: Gate
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     samplings = body.samplings(longest, logprobs, _constraint(body, form))
     head = Head.of("chatcmpl", gateway, route)
-    parts = answers(gateway, caller, route, [prompt], samplings, head.id)
+    source = answers(gateway, caller, route, [prompt], samplings, head.id)
     readers = [AnswerReader(body, form, gateway.prompts.texts) for _ in samplings]
     if body.stream:
-        parts = await begun(parts, request.receive)
-        return EventStream(_chunks(parts, head, readers, body), parts, head.headers)
-    done = await unless_left(request.receive, completions(parts, len(samplings)))
+        parts = await begun(source, request.receive)
+        return EventStream(_chunks(parts, head, readers, body), source, head.headers)
+    done = await unless_left(request.receive, completions(source, len(samplings)))
     answer = ChatCompletion(
         id=head.id,
         created=head.created,

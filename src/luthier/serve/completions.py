@@ -97,12 +97,12 @@ async def complete(body: CompletionBody, request: Request, caller: CallerOf, gat
     constraint = None if body.structured_outputs is None else body.structured_outputs.constraint()
     samplings = body.samplings(longest, body.logprobs, constraint)
     head = Head.of("cmpl", gateway, route)
-    parts = answers(gateway, caller, route, prompts, samplings, head.id)
+    source = answers(gateway, caller, route, prompts, samplings, head.id)
     texts = gateway.prompts.texts
     if body.stream:
-        parts = await begun(parts, request.receive)
-        return EventStream(_chunks(parts, head, texts, body, len(samplings)), parts, head.headers)
-    done = await unless_left(request.receive, completions(parts, len(prompts) * len(samplings)))
+        parts = await begun(source, request.receive)
+        return EventStream(_chunks(parts, head, texts, body, len(samplings)), source, head.headers)
+    done = await unless_left(request.receive, completions(source, len(prompts) * len(samplings)))
     answer = TextCompletion(
         id=head.id,
         created=head.created,

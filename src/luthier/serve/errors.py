@@ -88,6 +88,11 @@ def too_many(
     return ApiError(429, message, type="rate_limit_error", code=code, headers=wait | dict(headers or {}))
 
 
+def server_fault() -> ApiError:
+    """500: our own fault, which is told to the log alone."""
+    return ApiError(500, "The server failed; its log says why.", type="server_error")
+
+
 def unavailable(message: str, retry_seconds: float = RETRY_SECONDS) -> ApiError:
     """503: something that is needed is away; the same request may succeed later."""
     return ApiError(

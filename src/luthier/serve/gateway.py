@@ -35,7 +35,7 @@ from luthier.registry.view import BaseTarget, Caller, ServingView, SurfaceTarget
 from luthier.serve.access import RegistryAccess
 from luthier.serve.backend import Ask, Backend
 from luthier.serve.background import is_away
-from luthier.serve.errors import ApiError, no_key, no_model, not_allowed, too_many, unavailable
+from luthier.serve.errors import ApiError, no_key, no_model, not_allowed, server_fault, too_many, unavailable
 from luthier.serve.guarding import Guard
 from luthier.serve.ledger import Answered, Ledger
 from luthier.serve.limits import Limits, Permit
@@ -340,7 +340,7 @@ def refusal_of(error: LuthierError) -> ApiError:
         return ApiError(409, _unusable(error), code="adapter_unusable")
     if isinstance(error, EngineError):
         return unavailable("The engine does not answer now. Try again later.")
-    return ApiError(500, "The server failed; its log says why.", type="server_error")
+    return server_fault()
 
 
 def _unusable(error: LuthierError) -> str:

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import math
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from luthier.engine import Sampling
 
@@ -205,6 +207,21 @@ def test_a_schema_holds_the_answer(client):
         model="alpha", messages=ASKED, response_format={"type": "json_object"}, seed=1, max_tokens=200
     )
     assert free.choices[0].message.content.lstrip().startswith("{")
+
+
+class Job(BaseModel):
+    """What the client's own parsing asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+    day: Literal["Friday", "Monday"]
+    strings: Literal[6, 7, 13]
+
+
+def test_the_clients_parsing_gets_its_own_class(client):
+    answer = client.chat.completions.parse(model="tiny", messages=ASKED, response_format=Job, seed=1, max_tokens=100)
+    assert isinstance(answer.choices[0].message.parsed, Job)
+    with client.chat.completions.stream(model="tiny", messages=ASKED, response_format=Job, seed=1, max_tokens=100) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
 
 
 @pytest.mark.parametrize(

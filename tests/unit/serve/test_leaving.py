@@ -9,8 +9,11 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from tests.engine_scene import wait_until
+from tests.serve_scene import gateway_over, serving
 
+from luthier.engine import Limits
 from luthier.engine.jobs import Event
 from luthier.engine.requests import Completion
 from luthier.serve.answers import EventStream, together
@@ -53,6 +56,20 @@ def test_closing_the_sdks_stream_cancels_too(client, served):
     stream.close()
     wait_until(lambda: nothing_runs(served))
     assert served.engine.stats()["ended_cancelled"] == before + 1
+
+
+def test_a_full_queue_is_429_and_those_of_the_request_that_fit_are_cancelled(tiny_base, tiny_tokenizer, tmp_path):
+    limits = Limits(kv_tokens=2048, max_rows=1, max_queue=1)
+    with (
+        gateway_over(tiny_base, tiny_tokenizer, tmp_path, limits=limits) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key=running.key, max_retries=0) as client,
+    ):
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model="tiny", messages=ASKED, n=6, max_tokens=900, extra_body={"ignore_eos": True})
+        assert caught.value.code == "queue_full"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        wait_until(lambda: nothing_runs(running))
+        client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=1)
 
 
 async def answer(*steps, ended):
@@ -104,9 +121,6 @@ def test_an_answer_that_the_engine_gave_up_is_a_failure():
 
 def test_a_failure_in_mid_stream_is_an_event_that_the_sdk_raises(served):
     """The app's own stream, cut by an error after two chunks, read by OpenAI's client."""
-    from fastapi import FastAPI
-    from tests.serve_scene import serving
-
     app = FastAPI()
 
     async def chunks():

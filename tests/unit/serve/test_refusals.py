@@ -54,7 +54,7 @@ def extra(name, value):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content.0.image_url",
-            "Unknown parameter",
+            "messages are text",
         ),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages.0.tool_call_id", "no earlier message"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "lute"}}}}, None, "lute"),
