@@ -125,7 +125,8 @@ class WatchedViews:
         self._taken = taken
         self._repeating.start()
         with contextlib.suppress(TimeoutError):  # a registry that hangs must not keep the server from saying so
-            await asyncio.wait_for(self._looked.wait(), FIRST_LOOK_SECONDS)
+            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+                await self._looked.wait()
 
     async def refresh(self) -> None:
         """Look once, and have a view that is new count."""
