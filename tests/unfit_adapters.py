@@ -1,5 +1,6 @@
 """Adapters that vLLM would serve wrongly or not at all, each as PEFT or luthier writes it, with a word of the reason."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -9,11 +10,16 @@ from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.engine_scene import save_peft_adapter
 from tests.served_adapters import TENSORS, save_random_adapter
+from torch import nn
 
 from luthier.adapt import detach
 
 MAX_RANK = 16
 QV = ["q_proj", "v_proj"]
+KINDS = (
+    *("adalora", "bias", "dora", "elsewhere", "embeddings", "empty", "false_rank", "half", "head", "high_rank", "lora_bias"),
+    *("narrow", "one_high_rank", "other_base", "saved_whole", "stranger", "tokens"),
+)
 
 
 def unfit_folders(
@@ -61,10 +67,8 @@ def unfit_folders(
     return made
 
 
-def save_adalora(model: torch.nn.Module, folder: Path) -> Path:
+def save_adalora(model: nn.Module, folder: Path) -> Path:
     """Have PEFT write an AdaLoRA adapter."""
-    import copy
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(copy.deepcopy(model), AdaLoraConfig(target_modules=QV, total_step=9, init_r=4, target_r=4))

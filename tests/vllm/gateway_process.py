@@ -13,9 +13,8 @@ async def main(told: dict) -> None:
     """Start vLLM and stay."""
     supervisor = Supervisor(Path(told["base"]), VllmSettings(**told["settings"]), max_rank=16, registry=told["registry"])
     await supervisor.start()
-    print(
-        json.dumps({"keeper": supervisor.pid, "network": supervisor.network, "folder": str(supervisor.place.folder)}), flush=True
-    )
+    found = {"keeper": supervisor.pid, "network": supervisor.network, "folder": str(supervisor.place.folder)}
+    print(json.dumps(found), flush=True)
     await asyncio.Event().wait()
 
 

@@ -25,7 +25,7 @@ def ports(pid: int) -> set[tuple[str, int]]:
 
 def addresses() -> list[str]:
     """Return the machine's own IPv4 addresses."""
-    found = {each.address for each in sum(psutil.net_if_addrs().values(), []) if each.family == socket.AF_INET}
+    found = {each.address for group in psutil.net_if_addrs().values() for each in group if each.family == socket.AF_INET}
     return sorted(found | {"127.0.0.1"})
 
 

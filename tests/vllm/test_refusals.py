@@ -2,16 +2,12 @@
 
 import httpx
 import pytest
+from tests.unfit_adapters import KINDS
 
 from luthier.core.errors import AdapterError, BaseMismatchError, ConfigError, LuthierError, RefusedError
 from luthier.engine.requests import Sampling
 from luthier.registry.schema import AdapterVersion
 from luthier.registry.versions import find_version
-
-KINDS = (
-    "adalora bias dora elsewhere embeddings empty false_rank half head high_rank lora_bias narrow one_high_rank other_base "
-    "saved_whole stranger tokens"
-).split()
 
 
 def known(vllm) -> list[str]:
@@ -66,11 +62,8 @@ def test_no_path_and_no_name_of_the_hub_leads_anywhere(scene, vllm):
     names = [str(folder), f"../..{folder}", f"{folder}:1", "~/adapters", "org/model", "file:///etc/passwd", "..", ".:1", ""]
     before = known(vllm)
     for name in names:
-        for body in (
-            {"lora_name": name},
-            {"lora_name": name, "lora_path": str(folder)},
-            {"lora_name": "x:1", "lora_path": str(folder)},
-        ):
+        bodies = [{"lora_name": name}, *({"lora_name": each, "lora_path": str(folder)} for each in (name, "x:1"))]
+        for body in bodies:
             assert post(vllm, "/v1/load_lora_adapter", **body).status_code == 409
         if name:
             assert post(vllm, "/v1/completions", model=name, prompt=[5, 6], max_tokens=2).status_code == 404

@@ -137,7 +137,7 @@ class VllmBackend:
             await self._post("/v1/unload_lora_adapter", {"lora_name": reference})
 
     async def stats(self) -> Mapping[str, Any]:
-        """Return figures: what was answered, what vLLM runs and has waiting, which adapters it knows, how often it was restarted."""
+        """Return figures: what was answered, what runs and waits in vLLM, which adapters it knows, how often it was restarted."""
         figures: dict[str, Any] = {**self._counts, "restarts": self.supervisor.restarts, "network": self.supervisor.network}
         figures["adapters"] = tuple(sorted(name for name, task in self._loads.items() if _succeeded(task)))
         if self.supervisor.state is None:

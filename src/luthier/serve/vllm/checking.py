@@ -33,7 +33,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Served:
-    """The base that vLLM serves: its fingerprint as JSON, and (outputs, inputs) of its linear layers by path, the head's left out."""
+    """The base that vLLM serves: its fingerprint as JSON, and (outputs, inputs) of its linear layers but the head, by path."""
 
     fingerprint: Mapping[str, Any]
     layers: Mapping[str, tuple[int, int]]

@@ -37,9 +37,7 @@ class VllmSettings(Settings):
     )
     start_seconds: float = Field(default=1800.0, gt=0, description="how long vLLM may take until it answers")
     stop_seconds: float = Field(default=15.0, ge=0, description="how long it may take to end before it is killed")
-    more: tuple[str, ...] = Field(
-        default=(), description="further words of vLLM's command line, such as --tensor-parallel-size 2"
-    )
+    more: tuple[str, ...] = Field(default=(), description="further words of vLLM's command line: --tensor-parallel-size 2")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -47,6 +45,7 @@ class VllmSettings(Settings):
             raise ValueError(f"max_lora_rank is {self.max_lora_rank}; vLLM takes {', '.join(map(str, RANKS))}")
         if self.max_cpu_loras < self.max_loras + 1:
             raise ValueError(
-                f"max_cpu_loras is {self.max_cpu_loras}; it must be above max_loras ({self.max_loras}): the bare base has a place too"
+                f"max_cpu_loras is {self.max_cpu_loras}; it must be above max_loras ({self.max_loras}), since the bare base "
+                "has a place too"
             )
         return self

@@ -97,7 +97,7 @@ async def probe(python: Path) -> Found:
 
 
 class Supervisor:
-    """One vLLM over the base in the folder `model`. `max_rank` is its --max-lora-rank; `registry` where its adapters come from."""
+    """One vLLM over the base in the folder `model`. `max_rank` is its --max-lora-rank, `registry` where adapters come from."""
 
     def __init__(self, model: Path, settings: VllmSettings, *, max_rank: int, registry: str | None):
         self.model, self.settings, self.max_rank, self.registry = model, settings, max_rank, registry

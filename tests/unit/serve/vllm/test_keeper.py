@@ -1,5 +1,6 @@
 """Nobody outlives the gateway: real processes, killed in every order."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -57,10 +58,8 @@ class Kept:
 
     def close(self) -> None:
         self.process.stdin.close()
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.process.stdout.close()
 

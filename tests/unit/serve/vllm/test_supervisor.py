@@ -126,7 +126,7 @@ def test_one_that_cannot_start_says_why(base_folder, tmp_path):
     (tmp_path / "broken").touch()
 
     async def scene(made):
-        with pytest.raises(EngineError, match="exit code 1(.|\n)*no room for the KV cache"):
+        with pytest.raises(EngineError, match=r"exit code 1(.|\n)*no room for the KV cache"):
             await made.start()
 
     run(base_folder, script, scene)
