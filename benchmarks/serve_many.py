@@ -60,7 +60,7 @@ def main() -> None:
         return
     with work_folder(arguments.work) as folder:
         prepare(arguments, folder)
-        settings = {"OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        settings = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, *sys.argv, "--worker", str(folder)]
         done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
     line = done.stdout.splitlines()[-1]

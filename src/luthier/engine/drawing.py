@@ -1,4 +1,4 @@
-"""How the next token is drawn: penalties, constraint, temperature, top-k, top-p, min-p, in transformers' order, then a draw.
+"""How the next token is drawn: bias, penalties, constraint, temperature, top-k, top-p, min-p (transformers' order), then a draw.
 
 The draw is Gumbel-max: with Gumbel noise added to the logits, the arg max *is* a sample of the softmax. So greedy and sampled
 rows end in the same arg max, no global random state is read or moved, and what a row samples does not depend on its batch
@@ -81,6 +81,9 @@ class RowDraw:
             self.generator = np.random.default_rng(secrets.randbits(63) if seed is None else seed)
         if penalized in self.changes:
             self.tally = _Tally(prompt_ids, sampling.max_new_tokens)
+        if sampling.logit_bias:
+            self.bias_ids_K = np.fromiter(sampling.logit_bias, dtype=np.int64)
+            self.bias_K = np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
 
     def took(self, token: int) -> None:
         """Note that `token` is the row's next one."""
@@ -117,6 +120,8 @@ def draw_plain(logits_V: "Tensor", row: RowDraw, seen: Sequence[int], made: Sequ
     """Do for one row what `draw` does, with every step written out; `seen` is the prompt, `made` the answer so far."""
     asked = row.sampling
     scores_V = logits_V.clone()
+    for token, bias in (asked.logit_bias or {}).items():
+        scores_V[token] += bias
     for token in {*seen, *made}:
         if scores_V[token] < 0:
             scores_V[token] *= asked.repetition_penalty
@@ -146,6 +151,15 @@ def draw_plain(logits_V: "Tensor", row: RowDraw, seen: Sequence[int], made: Sequ
     values_V, ids_V = logprobs_V.sort(descending=True)
     pairs = zip(ids_V[: asked.logprobs].tolist(), values_V[: asked.logprobs].tolist(), strict=True)
     return Drawn(token, float(logprobs_V[token]), tuple(pairs))
+
+
+def biased(scores_BV: "Tensor", rows: Sequence[RowDraw]) -> "Tensor":
+    """Return the logits with each row's bias added, as OpenAI's API reference has it: to single tokens, before all else."""
+    places_K = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row.bias_K) for row in rows]))
+    ids_K = torch.from_numpy(np.concatenate([row.bias_ids_K for row in rows]))
+    bias_K = torch.from_numpy(np.concatenate([row.bias_K for row in rows]))
+    places_K, ids_K, bias_K = (each.to(scores_BV.device) for each in (places_K, ids_K, bias_K))
+    return scores_BV.index_put((places_K, ids_K), bias_K.to(scores_BV.dtype), accumulate=True)
 
 
 def penalized(scores_BV: "Tensor", rows: Sequence[RowDraw]) -> "Tensor":
@@ -239,6 +253,7 @@ Change = Callable[["Tensor", Sequence[RowDraw]], "Tensor"]
 
 # Each change with the rows that want it, in the order of transformers' generate: processors, then warpers.
 _CHANGES: dict[Change, Callable[[RowDraw], bool]] = {
+    biased: lambda row: bool(row.sampling.logit_bias),
     penalized: lambda row: (row.sampling.repetition_penalty, *_additive(row.sampling)) != (1.0, 0.0, 0.0),
     constrained: lambda row: row.matcher is not None,
     tempered: lambda row: row.sampling.temperature not in (0.0, 1.0),

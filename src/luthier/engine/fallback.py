@@ -83,30 +83,33 @@ class FallbackRunner:
         """Run the next tokens of some requests, as `Runner.step` does."""
         logits: list[Tensor] = []
         scores: dict[int, list[float]] = {}
+        hidden: dict[int, Tensor] = {}
         for place, piece in enumerate(pieces):
-            logits_TV = self._run(piece)
+            output = self._run(piece)
+            logits_TV = output.logits[0].float()
+            if piece.wants_hidden:
+                hidden[place] = output.hidden_states[-1][0].float()
             if piece.targets is not None:
                 asked = [row for row, target in enumerate(piece.targets) if target >= 0]
                 scores[place] = target_logprobs(logits_TV[asked], [piece.targets[row] for row in asked]) if asked else []
             if piece.wants_logits:
                 logits.append(logits_TV[-1])
-        return Stepped(torch.stack(logits) if logits else torch.empty(0, 0), scores)
+        return Stepped(torch.stack(logits) if logits else torch.empty(0, 0), scores, hidden)
 
-    def _run(self, piece: Piece) -> Tensor:
+    def _run(self, piece: Piece) -> Any:
         running = self._running[piece.id]
         ids = torch.tensor([list(piece.tokens)], device=self.device)
-        kept = {"past_key_values": running.cache, "use_cache": True}
+        kept = {"past_key_values": running.cache, "use_cache": True, "output_hidden_states": piece.wants_hidden}
         if running.mix:
             activate(self.model, {_name(key): weight for key, weight in running.mix})
-            logits = self.model(input_ids=ids, **kept).logits
+            output = self.model(input_ids=ids, **kept)
         elif self._attached:
             with disabled(self.model):
-                logits = self.model(input_ids=ids, **kept).logits
+                output = self.model(input_ids=ids, **kept)
         else:
-            logits = self.model(input_ids=ids, **kept).logits
+            output = self.model(input_ids=ids, **kept)
         running.length += len(piece.tokens)
-        result: Tensor = logits[0].float()
-        return result
+        return output
 
 
 def _name(key: str) -> str:

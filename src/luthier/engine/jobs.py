@@ -1,4 +1,4 @@
-"""A request on its way through the engine: what its caller holds, and what the engine carries along."""
+"""A request on its way through the engine: what its caller holds, and what the engine carries along. Loads no torch."""
 
 import logging
 import time
@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from luthier.engine.drawing import RowDraw
+import numpy as np
+
 from luthier.engine.requests import Completion, FinishReason, Mix, Sampling, TokenLogprob
 from luthier.engine.text import TextStream
+from luthier.models.pooling import PoolingKind
 
 if TYPE_CHECKING:
     from luthier.engine.adapters import AdapterWeights
+    from luthier.engine.drawing import RowDraw
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,7 @@ class Job:
     """What the engine knows of a request. `names` are its adapters with their strengths, `mix` the same by content.
 
     With `targets` nothing is generated: for each prompt token they name the next one whose log-probability is asked for, or -1.
+    With `pooling` neither: the last hidden states of the prompt become one vector.
     """
 
     handle: Handle
@@ -94,9 +98,11 @@ class Job:
     names: dict[str, float]
     tenant: str
     sampling: Sampling
-    row: RowDraw
+    row: "RowDraw"
     text: TextStream | None
     targets: tuple[int, ...] | None = None
+    pooling: PoolingKind | None = None
+    pooled_I: "np.ndarray | None" = None
     mix: Mix = ()
     futures: "dict[str, Future[AdapterWeights]]" = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
@@ -107,6 +113,7 @@ class Job:
     reached: int = 0
     is_open: bool = False
     taken_at: float = field(default_factory=time.monotonic)
+    opened_at: float | None = None
     first_at: float | None = None
 
     @property
@@ -117,15 +124,27 @@ class Job:
     @property
     def max_new_tokens(self) -> int:
         """How many tokens it may come to hold beside its prompt."""
-        return self.sampling.max_new_tokens if self.targets is None else 0
+        return self.sampling.max_new_tokens if self.targets is None and self.pooling is None else 0
 
     @property
     def shared(self) -> tuple[int, ...]:
-        """The tokens of the prompt whose beginning may come from the prefix cache: none whose own log-probability is asked."""
+        """The tokens of the prompt whose beginning may come from the prefix cache: none that is itself asked about."""
+        if self.pooling in ("mean", "first"):
+            return self.prompt[:1]
         if self.targets is None:
             return self.prompt
         first = next(place for place, target in enumerate(self.targets) if target >= 0)
         return self.prompt[: first + 1]
+
+    def pool(self, hidden_TI: "np.ndarray") -> None:
+        """Take in the last hidden states of the next tokens of the prompt."""
+        if self.pooling == "mean":
+            summed_I = hidden_TI.sum(axis=0, dtype=np.float64) / len(self.prompt)
+            self.pooled_I = summed_I if self.pooled_I is None else self.pooled_I + summed_I
+        elif self.pooling == "last":
+            self.pooled_I = hidden_TI[-1]
+        elif self.pooled_I is None:
+            self.pooled_I = hidden_TI[0]
 
     def completion(self, reason: FinishReason, error: Exception | None = None) -> Completion:
         """Return the answer as it is now."""
@@ -137,7 +156,9 @@ class Job:
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached,
             logprobs=tuple(self.logprobs) if self.sampling.logprobs is not None or self.targets is not None else None,
+            queue_seconds=None if self.opened_at is None else self.opened_at - self.taken_at,
             first_token_seconds=None if self.first_at is None else self.first_at - self.taken_at,
             seconds=now - self.taken_at,
             error=None if error is None else str(error),
+            vector=None if self.pooled_I is None else tuple(self.pooled_I.tolist()),
         )

@@ -16,6 +16,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from luthier.core.errors import EngineError
 from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterWeights
@@ -167,6 +169,8 @@ class EngineLoop:
             return
         for place, values in stepped.scores.items():
             self._scored(self._jobs[pieces[place].id], pieces[place], values)
+        for place, hidden_TI in stepped.hidden.items():
+            self._pooled(self._jobs[pieces[place].id], hidden_TI.cpu().numpy())
         for job, token in zip(jobs, drawn, strict=True):
             self._drawn(job, token)
 
@@ -187,7 +191,7 @@ class EngineLoop:
                 log.exception("request %s cannot begin", job.id)
                 self._end(job, "error", error)
                 continue
-            job.is_open, job.cached = True, min(job.cached, job.reached)
+            job.is_open, job.cached, job.opened_at = True, min(job.cached, job.reached), time.monotonic()
             self.counts["cached_tokens"] += job.reached
 
     def _activate(self, key: str) -> None:
@@ -202,7 +206,8 @@ class EngineLoop:
         start, job.reached = job.reached, chunk.stop
         self.counts["prompt_tokens"] += chunk.stop - start
         targets = None if job.targets is None else job.targets[start : chunk.stop]
-        return Piece(chunk.id, job.prompt[start : chunk.stop], chunk.stop == len(job.prompt) and targets is None, targets)
+        is_asked = chunk.stop == len(job.prompt) and targets is None and job.pooling is None
+        return Piece(chunk.id, job.prompt[start : chunk.stop], is_asked, targets, job.pooling is not None)
 
     def _drawn(self, job: Job, drawn: Drawn) -> None:
         """A token of an answer: told, and the end if it is."""
@@ -238,6 +243,11 @@ class EngineLoop:
         assert piece.targets is not None
         asked = [target for target in piece.targets if target >= 0]
         job.logprobs += [TokenLogprob(token, value) for token, value in zip(asked, values, strict=True)]
+        if job.reached == len(job.prompt):
+            self._end(job, "length")
+
+    def _pooled(self, job: Job, hidden_TI: "np.ndarray") -> None:
+        job.pool(hidden_TI)
         if job.reached == len(job.prompt):
             self._end(job, "length")
 

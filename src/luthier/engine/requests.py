@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, model_validator
 
 from luthier.core.settings import Settings
 
@@ -45,6 +45,7 @@ class Sampling(Settings):
     )
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="taken off the logit of a token that the answer has")
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="taken off for each time the answer has it")
+    logit_bias: dict[NonNegativeInt, FiniteFloat] | None = Field(default=None, description="added to the logits of these tokens")
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="repeats the draw, alone or in company")
     stop: tuple[str, ...] = Field(default=(), description="texts that end the answer, which comes without them")
     stop_token_ids: tuple[int, ...] = Field(default=(), description="tokens that end the answer, beside the model's own")
@@ -78,7 +79,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `text` comes without the stop text, `token_ids` without the stop token; "length" means it was cut off."""
+    """An answer. `text` comes without the stop text, `token_ids` without the stop token; "length" means it was cut off.
+
+    Seconds count from when the request was taken: `queue_seconds` until its prompt began to be read.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -86,6 +90,9 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
+    queue_seconds: float | None = field(default=None, compare=False)
     first_token_seconds: float | None = field(default=None, compare=False)
     seconds: float | None = field(default=None, compare=False)
     error: str | None = None
+    vector: tuple[float, ...] | None = field(default=None, compare=False)
+    """What an embedding was asked for instead of an answer."""

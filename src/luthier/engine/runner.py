@@ -7,7 +7,7 @@ Shapes: T rows, I hidden width, V vocabulary, B requests of the step.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,23 +39,26 @@ class _Running:
 class Piece:
     """The next tokens of a request. `wants_logits`: whether the last one is to be continued.
 
-    `targets`: for each token the one whose log-probability behind it is asked for, -1 for none.
+    `targets`: for each token the one whose log-probability behind it is asked for, -1 for none. `wants_hidden`: whether the last
+    hidden states of all of them are.
     """
 
     id: str
     tokens: Sequence[int]
     wants_logits: bool = True
     targets: Sequence[int] | None = None
+    wants_hidden: bool = False
 
 
 @dataclass(frozen=True)
 class Stepped:
     """What a step gave: float32 logits (B, V), a row for each piece that wants them in the order of the pieces, and by the place
-    of a piece with targets their log-probabilities.
+    of a piece with targets their log-probabilities; of one that wants them, its last hidden states (T, I), the last norm applied.
     """
 
     logits: Tensor
     scores: dict[int, list[float]]
+    hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
 def target_logprobs(logits_TV: Tensor, targets: Sequence[int]) -> list[float]:
@@ -134,22 +137,28 @@ class Runner:
         """Run the next tokens of some requests, each at most once."""
         rows: dict[int, Tensor] = {}
         scores: dict[int, list[float]] = {}
+        hidden: dict[int, Tensor] = {}
         for name, decoder in self.decoders.items():
             own = [place for place, piece in enumerate(pieces) if self._running[piece.id].decoder == name]
             if own:
-                rows |= self._run(decoder, pieces, own, scores)
+                rows |= self._run(decoder, pieces, own, scores, hidden)
         for piece in pieces:
             running = self._running[piece.id]
             running.tokens.extend(piece.tokens)
             running.slot.length += len(piece.tokens)
         if not rows:
-            return Stepped(torch.empty(0, self.decoders[BASE].layout.embedding.shape[0]), scores)
-        return Stepped(torch.stack([rows[place] for place in sorted(rows)]), scores)
+            return Stepped(torch.empty(0, self.decoders[BASE].layout.embedding.shape[0]), scores, hidden)
+        return Stepped(torch.stack([rows[place] for place in sorted(rows)]), scores, hidden)
 
     def _run(
-        self, decoder: Decoder, pieces: Sequence[Piece], places: Sequence[int], scores: dict[int, list[float]]
+        self,
+        decoder: Decoder,
+        pieces: Sequence[Piece],
+        places: Sequence[int],
+        scores: dict[int, list[float]],
+        hidden: dict[int, Tensor],
     ) -> dict[int, Tensor]:
-        """Run some of the pieces through one decoder; return the logits of each that wants them, by place, and add to scores."""
+        """Run some of the pieces through one decoder; return the logits of each that wants them, by place; fill the rest."""
 
         def order(place: int) -> tuple[bool, bool, int]:
             piece = pieces[place]
@@ -177,6 +186,8 @@ class Runner:
         for place, run in zip((*single, *several), runs, strict=True):
             if pieces[place].targets is not None:
                 scores[place] = self._scores(decoder, hidden_TI[run.start : run.stop], pieces[place], run.mix)
+            if pieces[place].wants_hidden:
+                hidden[place] = hidden_TI[run.start : run.stop].float()
         wanted = [place for place in (*single, *several) if pieces[place].wants_logits]
         if not wanted:
             return {}

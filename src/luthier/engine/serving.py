@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 import itertools
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from luthier.core.errors import ConfigError, DataError, QueueFullError
+import numpy as np
+
+from luthier.core.errors import ConfigError, DataError, EngineError, ModelError, QueueFullError
 from luthier.core.threads import release_thread_pool
 from luthier.engine.adapters import AdapterReport
 from luthier.engine.constraints import Constraints
@@ -26,6 +28,9 @@ from luthier.engine.runner import Runner
 from luthier.engine.scheduler import Limits
 from luthier.engine.text import TextStream
 from luthier.ops.prepacked import known_form
+
+if TYPE_CHECKING:
+    from luthier.models.pooling import Pooling
 
 GREEDY = Sampling()
 ONE_TOKEN = Sampling(max_new_tokens=1)
@@ -43,10 +48,11 @@ Adapter = str | Mapping[str, float] | None
 class Engine:
     """Answers requests over one base model until `close`; also a context manager.
 
-    `limits.kv_tokens` bounds the tokens of all running requests, `prefix_bytes` what is kept of prompts seen before (0: nothing),
-    `adapter_bytes` the adapters in memory. A model of an architecture the engine does not know is served by its own forward.
+    `limits.kv_tokens` bounds the tokens of all running requests; limits in a dictionary may leave it to KV_BYTES. `prefix_bytes`
+    bounds what is kept of prompts seen before (0: nothing), `adapter_bytes` the adapters in memory. A model of an architecture
+    the engine does not know is served by its own forward.
     `form` is that of the base's weights: "float", "int8", "int4" or "nf4" (docs/engine.md). `reload` gives the base anew where
-    an adapter has to be merged; without it those are refused.
+    an adapter has to be merged; without it those are refused. `pooling` is how hidden states become an embedding.
     Raises: ConfigError for a form that is not known, or that this model cannot have.
     """
 
@@ -56,14 +62,16 @@ class Engine:
         tokenizer: Any,
         *,
         adapters: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
+        limits: Limits | Mapping[str, Any] | None = None,
         form: str = "float",
         prefix_bytes: int = PREFIX_BYTES,
         adapter_bytes: int = 2**30,
         registry: Any = None,
         reload: Callable[[], Any] | None = None,
+        pooling: "Pooling | None" = None,
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self._pooling = tokenizer, pooling
+        self.no_embeddings_because: str | None = None if pooling else "nothing says how its hidden states are pooled"
         self._host = Host(
             model,
             adapter_bytes=adapter_bytes,
@@ -85,11 +93,11 @@ class Engine:
     def _constraints(self) -> Constraints:
         return Constraints(self.tokenizer, self._host.vocabulary, self._stop_ids)
 
-    def _with_room(self, limits: Limits | None) -> Limits:
+    def _with_room(self, limits: Limits | Mapping[str, Any] | None) -> Limits:
         runner, longest = self._host.runner, self._host.longest
-        if limits is None:
+        if not isinstance(limits, Limits):
             tokens = KV_BYTES // runner.kv.bytes_per_token() if isinstance(runner, Runner) else 8 * (longest or 4096)
-            limits = Limits(kv_tokens=tokens)
+            limits = Limits(**{"kv_tokens": tokens} | dict(limits or {}))
         known = limits.max_request_tokens
         return limits if longest is None else limits.changed(max_request_tokens=min(longest, known or longest))
 
@@ -103,7 +111,7 @@ class Engine:
         quantize: str = "none",
         form: str = "float",
         adapters: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
+        limits: Limits | Mapping[str, Any] | None = None,
         prefix_cache: bool = True,
         adapter_bytes: int = 2**30,
         registry: Any = None,
@@ -115,6 +123,7 @@ class Engine:
         form "nf4" keeps those very codes and "float" widens them once. Raises: what `load_model` and the engine raise.
         """
         from luthier.models import load_model
+        from luthier.models.pooling import read_pooling
 
         form = known_form(form)
         loaded = load_model(model, dtype=dtype, device=device, quantize=quantize, progress=progress)
@@ -124,7 +133,11 @@ class Engine:
         def reload() -> Any:
             return load_model(model, dtype=kept, device=device, quantize=quantize).model
 
-        return cls(
+        try:
+            pooling, fault = read_pooling(loaded.path), None
+        except ModelError as error:
+            pooling, fault = None, str(error)
+        engine = cls(
             loaded.model,
             tokenizer,
             adapters=adapters,
@@ -134,7 +147,10 @@ class Engine:
             adapter_bytes=adapter_bytes,
             registry=registry,
             reload=reload,
+            pooling=pooling,
         )
+        engine.no_embeddings_because = fault
+        return engine
 
     @property
     def slow_because(self) -> str | None:
@@ -240,7 +256,7 @@ class Engine:
         adapter: Adapter = None,
         sampling: Sampling = GREEDY,
         tenant: str = "",
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """As `stream`, for asyncio: nothing blocks the loop, and a task that is cancelled cancels the request."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -299,6 +315,29 @@ class Engine:
         completions = self._results((partial(ask, *row) for row in rows), len(rows), on_progress)
         return [[each.logprob for each in completion.logprobs or ()] for completion in completions]
 
+    def embed(self, rows: Sequence[Sequence[int]], *, adapter: Adapter = None, tenant: str = "") -> list[list[float]]:
+        """Return a vector for each row of token ids, pooled from its last hidden states as the model's files say.
+
+        Raises: ConfigError where they do not say; DataError for an empty row, RequestError for one that is too long.
+        """
+        pooling = self._pooling
+        if pooling is None:
+            raise ConfigError(f"this model has no embeddings: {self.no_embeddings_because}")
+
+        def ask(ids: Sequence[int]) -> Handle:
+            row = RowDraw(ONE_TOKEN)
+            return self._take(
+                Job(self._handle(None), tuple(ids), mix_of(adapter), tenant, ONE_TOKEN, row, None, pooling=pooling.kind)
+            )
+
+        completions = self._results((partial(ask, row) for row in rows), len(rows), None)
+        if any(completion.vector is None for completion in completions):
+            raise EngineError("the engine was closed while texts were embedded")
+        vectors = np.array([completion.vector for completion in completions])
+        if pooling.normalize:
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+        return [[float(value) for value in vector] for vector in vectors]
+
     def stats(self) -> dict[str, Any]:
         """Return figures for metrics: what waits and runs, tokens so far, where adapters are, memory of the caches (bytes)."""
         runner = self._host.runner
@@ -333,6 +372,9 @@ class Engine:
             faults.append(
                 f"token {strange[0]} is not the model's, which knows 0 to {self._host.vocabulary - 1}: another tokenizer?"
             )
+        alien = [token for token in job.sampling.logit_bias or () if token >= self._host.vocabulary]
+        if alien:
+            faults.append(f"logit_bias names token {alien[0]}, and the model knows 0 to {self._host.vocabulary - 1}")
         faults += [f"the strength of adapter {name!r} is {each}" for name, each in job.names.items() if not math.isfinite(each)]
         if faults:
             raise DataError("this request cannot be served:\n  " + "\n  ".join(faults))

@@ -92,10 +92,7 @@ class _Bytes:
         return self.utf8.decode(b"", final=True)
 
     def _bytes(self, token: int) -> bytes:
-        word = self.tokenizer.convert_ids_to_tokens(token) or ""  # None: the model's vocabulary is padded
-        if all(letter in BYTE_LEVEL for letter in word):
-            return bytes(BYTE_LEVEL[letter] for letter in word)
-        return word.encode()  # an added token, which is text as it stands
+        return _bytes_of(self.tokenizer.convert_ids_to_tokens(token))
 
 
 class _Window:
@@ -129,9 +126,33 @@ class _Window:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """Return the bytes that one token stands for, special or not; none for a token of a padded vocabulary.
+
+    Where tokens are bytes, those of an answer joined are the bytes of its text. Other tokenizers may write a first token
+    differently (without its space).
+    """
+    word = tokenizer.convert_ids_to_tokens(token)
+    if _is_byte_level(tokenizer):
+        return _bytes_of(word)
+    if _is_byte(word):
+        return bytes([int(word[3:5], 16)])
+    return (word or "").replace("\u2581", " ").encode()  # SentencePiece's sign for a space
+
+
+def _bytes_of(word: str | None) -> bytes:
+    """The bytes of a token of a byte-level tokenizer. None: the model's vocabulary is padded."""
+    if all(letter in BYTE_LEVEL for letter in word or ""):
+        return bytes(BYTE_LEVEL[letter] for letter in word or "")
+    return (word or "").encode()  # an added token, which is text as it stands
+
+
 def _decoder(tokenizer: Any) -> _Decoder:
-    kind = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)).__name__
-    return _Bytes(tokenizer) if kind == "ByteLevel" else _Window(tokenizer)
+    return _Bytes(tokenizer) if _is_byte_level(tokenizer) else _Window(tokenizer)
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    return type(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)).__name__ == "ByteLevel"
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """What a gateway has to know, read at once: the keys, and for each tenant the names that it may call.
 
-A tenant's names are a dictionary of its own. What exists for others only is not in it, so a gateway can neither serve it nor tell,
-by words or by the time that it takes, that it exists. A view is never changed: a newer one takes its place.
+A tenant's names are a dictionary of its own. What exists for others only is not in it, so a gateway can neither serve it nor
+tell, by words or by the time that it takes, that it exists. A view is never changed: a newer one takes its place.
 """
 
 from collections.abc import Mapping

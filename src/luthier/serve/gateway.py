@@ -6,7 +6,8 @@ Route -> events           through the backend, counted and bounded              
 """
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +21,7 @@ from luthier.core.errors import (
     DataError,
     EngineError,
     LuthierError,
+    MissingExtraError,
     QueueFullError,
     RefusedError,
     RequestError,
@@ -30,6 +32,8 @@ from luthier.registry.tenancy import Scope, digest_of_key
 from luthier.registry.view import BaseTarget, Caller, SurfaceTarget, Target, VersionTarget
 from luthier.serve.backend import Ask, Backend
 from luthier.serve.errors import ApiError, no_key, no_model, not_allowed, too_many, unavailable
+from luthier.serve.observing import observed
+from luthier.serve.prompts import Prompts
 from luthier.serve.settings import ServeSettings
 from luthier.serve.views import Views
 
@@ -51,6 +55,7 @@ class Gateway:
 
     def __init__(self, settings: ServeSettings, backend: Backend, tokenizer: Any, views: Views):
         self.settings, self.backend, self.tokenizer, self.views = settings, backend, tokenizer, views
+        self.prompts = Prompts(tokenizer)
 
     def caller(self, authorization: str | None, scope: Scope = Scope.INFERENCE) -> Caller:
         """Return who sent this Authorization header. Raises: ApiError 401, or 403 where its key has not the scope."""
@@ -60,6 +65,7 @@ class Gateway:
             raise no_key()
         if scope not in caller.scopes:
             raise not_allowed(scope)
+        observed().caller = caller
         return caller
 
     def target(self, caller: Caller, name: str) -> Target:
@@ -90,12 +96,24 @@ class Gateway:
         experiment = (arms.experiment_id, arms.epoch) if arms is not None and unit is not None else (None, None)
         return Route(name, chosen.reference, chosen, target.surface, *experiment)
 
-    async def stream(self, caller: Caller, route: Route, prompt_ids: tuple[int, ...], sampling: Sampling) -> AsyncIterator[Event]:
+    async def stream(
+        self, caller: Caller, route: Route, prompt_ids: tuple[int, ...], sampling: Sampling
+    ) -> AsyncGenerator[Event, None]:
         """Yield the answer's events; the last one holds the completion. Raises: ApiError."""
         ask = Ask(f"req-{secrets.token_hex(12)}", prompt_ids, route.adapter, sampling, caller.tenant)
+        notes = observed().answer(route.model, route.adapter, prompt_ids, keeps_text=self.settings.log_prompts)
         try:
-            async for event in self.backend.stream(ask):
-                yield event
+            async with aclosing(self.backend.stream(ask)) as events:
+                async for event in events:
+                    notes.saw(event)
+                    yield event
+        except LuthierError as error:
+            raise refusal_of(error) from error
+
+    async def embed(self, caller: Caller, route: Route, rows: list[tuple[int, ...]]) -> list[list[float]]:
+        """Return a vector for each row of token ids. Raises: ApiError."""
+        try:
+            return await self.backend.embed(rows, route.adapter)
         except LuthierError as error:
             raise refusal_of(error) from error
 
@@ -104,7 +122,7 @@ def refusal_of(error: LuthierError) -> ApiError:
     """Return the answer to a request that failed with an error of luthier's. What is the server's own fault says little."""
     if isinstance(error, QueueFullError):
         return too_many(str(error), code="queue_full")
-    if isinstance(error, ConfigError | DataError | RequestError):
+    if isinstance(error, ConfigError | DataError | RequestError | MissingExtraError):
         return ApiError(400, str(error))
     if isinstance(error, BaseMismatchError | AdapterError | BlobError | RefusedError | AdapterStateError):
         return ApiError(409, str(error), code="adapter_unusable")

@@ -2,15 +2,13 @@
 
 from typing import Literal
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter
 from pydantic import BaseModel
 
 from luthier.registry.view import ServingView
-from luthier.serve.errors import ErrorBody
-from luthier.serve.gateway import Gateway
+from luthier.serve.routing import CallerOf, GatewayOf, KeyFirstRoute, refusals
 
-router = APIRouter()
-REFUSALS: dict[int | str, dict[str, object]] = {401: {"model": ErrorBody}, 403: {"model": ErrorBody}, 503: {"model": ErrorBody}}
+router = APIRouter(route_class=KeyFirstRoute)
 
 
 class ModelCard(BaseModel):
@@ -29,19 +27,16 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-@router.get("/v1/models", responses=REFUSALS)
-async def list_models(request: Request, authorization: str | None = Header(None)) -> ModelList:
+@router.get("/v1/models", responses=refusals())
+async def list_models(caller: CallerOf, gateway: GatewayOf) -> ModelList:
     """List the models that this key may use."""
-    gateway: Gateway = request.app.state.gateway
-    caller, view = gateway.caller(authorization), gateway.views.current()
+    view = gateway.views.current()
     return ModelList(data=[_card(view, name, caller.tenant) for name in view.listed.get(caller.tenant_id, ())])
 
 
-@router.get("/v1/models/{name:path}", responses=REFUSALS | {404: {"model": ErrorBody}})
-async def show_model(name: str, request: Request, authorization: str | None = Header(None)) -> ModelCard:
+@router.get("/v1/models/{name:path}", responses=refusals(404))
+async def show_model(name: str, caller: CallerOf, gateway: GatewayOf) -> ModelCard:
     """Show one model that this key may use."""
-    gateway: Gateway = request.app.state.gateway
-    caller = gateway.caller(authorization)
     gateway.target(caller, name)
     return _card(gateway.views.current(), name, caller.tenant)
 

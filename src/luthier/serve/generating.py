@@ -1,0 +1,89 @@
+"""What both generating routes do alike: the context's room, the answers' beginning, headers and usage."""
+
+import hashlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+from luthier import __version__
+from luthier.engine.requests import Completion, Sampling
+from luthier.registry.view import Caller
+from luthier.serve.answers import Part, together
+from luthier.serve.bodies import MOST_ANSWERS, PromptDetails, Usage
+from luthier.serve.errors import ApiError
+from luthier.serve.gateway import Gateway, Route
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all chunks of an answer have in common. `version` names what answered: an adapter's version, or the base."""
+
+    id: str
+    model: str
+    version: str
+    fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, kind: str, gateway: Gateway, route: Route) -> "Head":
+        """Return the head of a new answer; `kind` begins its id."""
+        version = route.adapter or gateway.settings.served_name
+        weights = route.version.manifest_digest if route.version is not None else None
+        # Who gets another fingerprint may get other tokens for the same seed: other weights, or another program.
+        known = "\n".join((gateway.settings.served_name, weights or version, __version__))
+        fingerprint = f"fp_{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+        return cls(f"{kind}-{secrets.token_hex(12)}", route.model, version, fingerprint)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response's headers."""
+        return {"x-luthier-version": quote(self.version, safe="/:@ ")}
+
+
+def room_for(asked: int | None, default: int, prompts: Sequence[tuple[int, ...]], room: int, param: str) -> int:
+    """Return how many tokens each answer may have: those asked for, else `default` or what the longest prompt leaves.
+
+    Raises: ApiError 400 (context_length_exceeded) where prompt and answer have no room in the model's context of `room` tokens.
+    """
+    longest = max(map(len, prompts))
+    wanted = longest + (asked or 1)
+    if wanted > room:
+        answer = f"and {asked} are asked for the answer" if asked else "and the answer needs at least one more"
+        raise ApiError(
+            400,
+            f"This model's context has room for {room} tokens. The prompt has {longest}, {answer}: {wanted} in all. Shorten the "
+            + ("prompt, or ask for fewer." if asked else "prompt."),
+            param=param,
+            code="context_length_exceeded",
+        )
+    return asked or min(default, room - longest)
+
+
+def answers(
+    gateway: Gateway, caller: Caller, route: Route, prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]
+) -> AsyncGenerator[Part, None]:
+    """Yield the parts of one answer for each prompt and sampling, those of the first prompt first by index.
+
+    Raises: ApiError 400 for too many, and what the gateway raises.
+    """
+    number = len(prompts) * len(samplings)
+    if number > MOST_ANSWERS:
+        raise ApiError(
+            400, f"{len(prompts)} prompts times n={len(samplings)} are {number} answers; at most {MOST_ANSWERS} may be."
+        )
+    return together([gateway.stream(caller, route, prompt, how) for prompt in prompts for how in samplings])
+
+
+def usage_of(done: Sequence[Completion], number: int) -> Usage:
+    """Return what some answers took; of `number` answers to one prompt it counts once."""
+    prompts = done[::number]
+    prompt_tokens = sum(each.prompt_tokens for each in prompts)
+    completion_tokens = sum(len(each.token_ids) for each in done)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(each.cached_tokens for each in prompts)),
+    )
