@@ -7,7 +7,7 @@ temperature and penalties.
 
 import json
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
 from typing import Any
 
 from luthier.core.errors import EngineError
@@ -72,7 +72,7 @@ class Answer:
         self._began = time.monotonic()
         self._first: float | None = None
 
-    async def events(self, lines: AsyncIterator[str]) -> AsyncIterator[Event]:
+    async def events(self, lines: AsyncIterator[str]) -> AsyncGenerator[Event, None]:
         """Yield the answer; the last event holds the completion. Raises: EngineError where the stream breaks off."""
         ended: Event | None = None
         async for chunk in _chunks(lines):

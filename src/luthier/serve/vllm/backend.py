@@ -6,8 +6,10 @@ vLLM was started again nothing is loaded, and everything is loaded anew the same
 
 import asyncio
 import json
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
+from contextlib import aclosing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from luthier.serve.backend import Ask
 from luthier.serve.vllm.asking import Answer, body_of
 from luthier.serve.vllm.checking import size_for
 from luthier.serve.vllm.command import RAW_BASE, ZERO
+from luthier.serve.vllm.figures import Figures, read_gauges
 from luthier.serve.vllm.settings import VllmSettings
 from luthier.serve.vllm.supervisor import Supervisor
 
@@ -42,12 +45,6 @@ RAISED = {
     )
 }
 """What the plugin may say by the name of its class."""
-
-GAUGES = {
-    "vllm:num_requests_running": "running",
-    "vllm:num_requests_waiting": "waiting",
-    "vllm:kv_cache_usage_perc": "kv_share",
-}
 
 
 def vllm_backend(model: Path, tokenizer: Any, settings: VllmSettings, *, registry: str | None = None) -> "VllmBackend":
@@ -83,7 +80,8 @@ class VllmBackend:
         self._generation = 0
         self._uses: Counter[str] = Counter()
         self._freed = asyncio.Condition()
-        self._counts: Counter[str] = Counter()
+        self._figures = Figures()
+        self._room: int | None = None
 
     async def start(self) -> None:
         """Start vLLM; returns when it answers. Raises: ConfigError, ModelError, EngineError with the end of its output."""
@@ -97,17 +95,31 @@ class VllmBackend:
         """Return why vLLM does not answer."""
         return self.supervisor.state
 
-    async def stream(self, ask: Ask) -> AsyncIterator[Event]:
+    async def room(self) -> int:
+        """Return how many tokens a prompt and its answer may have together: vLLM's --max-model-len. Raises: EngineError."""
+        if self._room is None:
+            self._check_state()
+            try:
+                models = (await self.supervisor.client.get("/v1/models")).json()["data"]
+            except httpx.HTTPError as error:
+                raise self._away(error) from error
+            self._room = int(models[0]["max_model_len"])
+        return self._room
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Yield the answer as it is made. Closing the iterator closes the connection, which ends the request in vLLM."""
-        name = ask.adapter
+        name, number = ask.adapter, self._figures.begin()
         if name is not None:
             self._uses[name] += 1
         try:
-            async for event in self._stream(ask):
-                yield event
-                if event.completion is not None:
-                    self._count(event)
+            async with aclosing(self._stream(ask)) as events:
+                async for event in events:
+                    self._figures.first(number)
+                    if event.completion is not None:
+                        self._figures.ended(event.completion)
+                    yield event
         finally:
+            self._figures.first(number)
             if name is not None:
                 self._uses[name] -= 1
                 async with self._freed:
@@ -137,19 +149,18 @@ class VllmBackend:
             await self._post("/v1/unload_lora_adapter", {"lora_name": reference})
 
     async def stats(self) -> Mapping[str, Any]:
-        """Return figures: what was answered, what runs and waits in vLLM, which adapters it knows, how often it was restarted."""
-        figures: dict[str, Any] = {**self._counts, "restarts": self.supervisor.restarts, "network": self.supervisor.network}
-        figures["adapters"] = tuple(sorted(name for name, task in self._loads.items() if _succeeded(task)))
-        if self.supervisor.state is None:
-            try:
-                figures |= _gauges((await self.supervisor.client.get("/metrics", timeout=5.0)).text)
-            except httpx.HTTPError as error:
-                figures["slow_because"] = f"vLLM tells no figures now ({type(error).__name__})"
-        return figures
+        """Return the figures of `Engine.stats` as far as vLLM tells them. Raises: EngineError while it is away."""
+        self._check_state()
+        try:
+            gauges = read_gauges((await self.supervisor.client.get("/metrics", timeout=5.0)).text)
+        except httpx.HTTPError as error:
+            raise self._away(error) from error
+        told = self._figures.told({name: _state(task) for name, task in self._loads.items()}, gauges)
+        return told | {"restarts": self.supervisor.restarts, "slow_because": None}
 
     # --- talking to vLLM -----------------------------------------------------------------------------------------
 
-    async def _stream(self, ask: Ask) -> AsyncIterator[Event]:
+    async def _stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         self._check_state()
         stop_ids = self._ends(ask.sampling)
         answer = Answer(self._tokenizer, ask.prompt_ids, ask.sampling, stop_ids)
@@ -165,16 +176,23 @@ class VllmBackend:
                         continue
                     if response.status_code != httpx.codes.OK:
                         raise _refusal(response.status_code, await response.aread())
-                    async for event in answer.events(response.aiter_lines()):
-                        yield event
+                    async with aclosing(answer.events(response.aiter_lines())) as events:
+                        async for event in events:
+                            yield event
                     return
             except httpx.HTTPError as error:
                 raise self._away(error) from error
 
     async def _load(self, reference: str) -> None:
-        status, told = await self._post("/v1/load_lora_adapter", {"lora_name": reference})
-        if status != httpx.codes.OK:
-            raise _refusal(status, told)
+        began = time.monotonic()
+        num_bytes = None
+        try:
+            status, told = await self._post("/v1/load_lora_adapter", {"lora_name": reference})
+            if status != httpx.codes.OK:
+                raise _refusal(status, told)
+            num_bytes = int(json.loads(told)["bytes"])
+        finally:
+            self._figures.loaded(reference, time.monotonic() - began, num_bytes)
 
     async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
         try:
@@ -199,14 +217,6 @@ class VllmBackend:
     def _salt(self, tenant: str) -> str:
         """What parts tenants in vLLM's prefix cache: none can tell by the time it takes what another has asked."""
         return sha256(f"{self.supervisor.key} {tenant}".encode()).hexdigest()
-
-    def _count(self, event: Event) -> None:
-        assert event.completion is not None
-        done = event.completion
-        self._counts[f"ended_{done.finish_reason}"] += 1
-        self._counts["prompt_tokens"] += done.prompt_tokens - done.cached_tokens
-        self._counts["cached_tokens"] += done.cached_tokens
-        self._counts["new_tokens"] += len(done.token_ids)
 
 
 def _ranks_in(registry: Any) -> list[int]:
@@ -235,15 +245,7 @@ def _refusal(status: int, told: bytes) -> LuthierError:
     return EngineError(f"vLLM answered {status}: {words}")
 
 
-def _gauges(text: str) -> dict[str, float]:
-    """The figures of GAUGES in Prometheus's text form, summed over whatever labels they have."""
-    found: Counter[str] = Counter()
-    for line in text.splitlines():
-        name = line.partition("{")[0]
-        if name in GAUGES:
-            found[GAUGES[name]] += float(line.rpartition(" ")[2])  # type: ignore[assignment]
-    return dict(found)
-
-
-def _succeeded(task: "asyncio.Task[None]") -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None
+def _state(task: "asyncio.Task[None]") -> str:
+    if not task.done():
+        return "loading"
+    return "failed" if task.cancelled() or task.exception() is not None else "resident"

@@ -9,13 +9,14 @@ fingerprint is taken with the transformers that adapters are trained with, which
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from luthier.core.config import AdaLoraConfig, LoraConfig
-from luthier.core.errors import ModelError
+from luthier.core.errors import LuthierError, ModelError
 from luthier.core.methods import LOFTQ
 from luthier.core.names import pattern_value
 from luthier.formats.fingerprint import Verdict, verdict
@@ -188,3 +189,10 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]
         from luthier.models.load import load_model
 
         return fingerprint_of(load_model(str(folder), device="cpu").model).model_dump(), layers
+
+
+if __name__ == "__main__":
+    try:
+        Served.of_folder(sys.argv[1]).write(sys.argv[2])
+    except LuthierError as error:
+        sys.exit(str(error))

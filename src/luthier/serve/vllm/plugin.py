@@ -18,7 +18,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from luthier.core.errors import AdapterError, BaseMismatchError, LuthierError, RegistryError
+from luthier.core.errors import AdapterError, BaseMismatchError, LuthierError, ModelError, RegistryError
 from luthier.registry.resolving import Resolved, resolve_version
 from luthier.registry.versions import find_version
 from luthier.serve.vllm.checking import RANKS, Served, check_for_vllm
@@ -45,8 +45,12 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolverRegistry
 
-    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
+    if NAME in LoRAResolverRegistry.get_supported_resolvers():
+        return
+    try:
         LoRAResolverRegistry.register_resolver(NAME, RegistryResolver.from_environment())
+    except ModelError as error:  # a worker on another machine, which resolves nothing; the server would refuse everything
+        log.warning("luthier's resolver stays out: %s", error)
 
 
 def is_reference(name: str) -> bool:

@@ -7,6 +7,7 @@
 vLLM finds `Endpoints` by its entry point (`vllm.endpoint_plugins`) where VLLM_PLUGINS names `luthier`.
 """
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from luthier.core.errors import LuthierError
+from luthier.formats.note import TENSOR_FILE
 from luthier.serve.vllm.plugin import NAME
 
 
@@ -50,7 +52,8 @@ class Endpoints:
 
         found = await self._models.resolve_lora(asked.lora_name)
         if isinstance(found, LoRARequest):
-            return JSONResponse({"lora_name": asked.lora_name})
+            size = (Path(found.lora_path) / TENSOR_FILE).stat().st_size
+            return JSONResponse({"lora_name": asked.lora_name, "bytes": size})
         reason: LuthierError | None = LoRAResolverRegistry.get_resolver(NAME).reason(asked.lora_name)
         kind = type(reason).__name__ if reason is not None else "AdapterError"
         words = str(reason) if reason is not None else f"vLLM could not read adapter '{asked.lora_name}'; its log says why"

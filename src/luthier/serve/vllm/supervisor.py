@@ -25,9 +25,8 @@ from pathlib import Path
 
 import httpx
 
-from luthier.core.errors import ConfigError, EngineError
-from luthier.serve.vllm import keeper
-from luthier.serve.vllm.checking import Served
+from luthier.core.errors import ConfigError, EngineError, ModelError
+from luthier.serve.vllm import checking, keeper
 from luthier.serve.vllm.command import Place, command, environment, write_zero
 from luthier.serve.vllm.settings import PYTHON, VllmSettings
 
@@ -151,8 +150,7 @@ class Supervisor:
         """Start vLLM and return when it answers. Raises: ConfigError, ModelError, EngineError with the end of its output."""
         self.found = await probe(self.settings.python)
         self.place.temporary.mkdir(mode=0o700, exist_ok=True)
-        base = await asyncio.to_thread(Served.of_folder, self.model)
-        base.write(self.place.base_file)
+        await self._describe_base()
         zero = write_zero(self.place.folder) if self.is_cpu else None
         self._command = command(self.model, self.place, self.settings, self.max_rank, zero)
         self._environment = environment(self.place, self.settings, self.max_rank, self.key, self.registry)
@@ -177,6 +175,19 @@ class Supervisor:
     def tail(self) -> str:
         """Return the end of vLLM's output."""
         return "\n".join(self._tail)
+
+    async def _describe_base(self) -> None:
+        """Have the base described in a process that ends: torch and the weights stay out of the gateway."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", checking.__name__, str(self.model), str(self.place.base_file)),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, told = await process.communicate()
+        if process.returncode:
+            raise ModelError(
+                f"the base in {self.model} cannot be served by vLLM: {told.decode(errors='replace').strip()[-1000:]}"
+            )
 
     # --- one life ------------------------------------------------------------------------------------------------
 
