@@ -61,6 +61,10 @@ def test_the_bare_base_by_vllms_own_name_is_what_the_zero_adapter_answers(scene,
     assert tuple(told["choices"][0]["token_ids"])[: len(wanted)] == wanted
 
 
+def test_there_is_as_much_room_as_the_model_has(vllm):
+    assert vllm.call(vllm.backend.room()) == 256
+
+
 def test_stop_texts_and_stop_tokens_end_an_answer(scene, vllm):
     wanted = scene.wanted[None, scene.prompts[0]]
     assert len(wanted.token_ids) == TOKENS

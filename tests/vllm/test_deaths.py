@@ -68,10 +68,10 @@ def test_who_leaves_ends_his_request(scene, vllm):
     async def go():
         events = vllm.backend.stream(Ask("r", (5, 6), scene.adapters[0], LONG, "acme"))
         await anext(events)
-        assert (await vllm.backend.stats())["running"] == 1
+        assert (await vllm.backend.stats())["scheduler"]["decoding"] == 1
         await events.aclose()
         for _ in range(100):
-            if (await vllm.backend.stats())["running"] == 0:
+            if (await vllm.backend.stats())["scheduler"]["decoding"] == 0:
                 return True
             await asyncio.sleep(0.1)
         return False

@@ -14,6 +14,13 @@ def known(vllm) -> list[str]:
     return vllm.call(vllm.backend.supervisor.client.get("/v1/luthier")).json()["adapters"]
 
 
+def resident(vllm) -> set[str]:
+    told = vllm.call(vllm.backend.stats())["adapters"]
+    found = {each["name"] for each in told["adapters"] if each["state"] == "resident"}
+    assert told["resident_bytes"] == sum(each["bytes"] for each in told["adapters"] if each["name"] in found)
+    return found
+
+
 def post(vllm, path: str, **body) -> httpx.Response:
     return vllm.call(vllm.backend.supervisor.client.post(path, json=body))
 
@@ -73,9 +80,9 @@ def test_no_path_and_no_name_of_the_hub_leads_anywhere(scene, vllm):
 def test_an_adapter_that_is_let_go_is_read_again_when_it_is_asked_for(scene, vllm):
     name, prompt = scene.adapters[1], scene.prompts[1]
     vllm.call(vllm.backend.load(name))
-    assert name in known(vllm) and name in vllm.call(vllm.backend.stats())["adapters"]
+    assert name in known(vllm) and name in resident(vllm)
     vllm.call(vllm.backend.unload(name))
-    assert name not in known(vllm) and name not in vllm.call(vllm.backend.stats())["adapters"]
+    assert name not in known(vllm) and name not in resident(vllm)
     vllm.call(vllm.backend.unload(name))  # once more is no error
     assert vllm.answer(prompt, name, scene.sampling).token_ids == scene.wanted[name, prompt].token_ids
 
