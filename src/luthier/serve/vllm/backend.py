@@ -92,8 +92,9 @@ class VllmBackend:
         await self.supervisor.close()
 
     async def state(self) -> str | None:
-        """Return why vLLM does not answer."""
-        return self.supervisor.state
+        """Return why vLLM does not answer; the end of its output is for the log."""
+        why = self.supervisor.state
+        return None if why is None else why.splitlines()[0]
 
     async def room(self) -> int:
         """Return how many tokens a prompt and its answer may have together: vLLM's --max-model-len. Raises: EngineError."""
@@ -203,7 +204,7 @@ class VllmBackend:
 
     def _check_state(self) -> None:
         if (why := self.supervisor.state) is not None:
-            raise EngineError(why.splitlines()[0])  # the end of its output is for the log
+            raise EngineError(why.splitlines()[0])
 
     def _away(self, error: httpx.HTTPError) -> EngineError:
         why = (self.supervisor.state or "the connection to vLLM broke").splitlines()[0]

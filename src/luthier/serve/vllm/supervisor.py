@@ -110,6 +110,7 @@ class Supervisor:
         self._state: str | None = "vLLM has not been started"
         self._tail: deque[str] = deque(maxlen=LINES)
         self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
         self._command: list[str] = []
@@ -273,7 +274,8 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
-        await self._reader
+        if self._reader is not None:
+            await self._reader
         self._process = None
 
     def _ended(self) -> str:
@@ -281,7 +283,7 @@ class Supervisor:
         code = self._process.returncode or 0
         code -= 256 if code > 192 else 0  # the keeper tells a signal as the low byte of its negative
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        return f"vLLM ended {how}. The end of its output:\n{self.tail()}"
+        return f"vLLM ended {how}\nThe end of its output:\n{self.tail()}"
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Keep the end of its output, and tell how far it has come while it loads."""
