@@ -22,6 +22,7 @@ from luthier.cli import (
     quickstart,
     registry,
     serve,
+    tenants,
     train,
     truncate,
 )
@@ -57,6 +58,7 @@ app.command("chat")(chat.chat)
 app.command("bench-serve")(bench_serve.bench_serve)
 app.add_typer(models.app, name="models")
 app.add_typer(registry.registry_app, name="registry")
+app.add_typer(tenants.tenants_app, name="tenants")
 
 
 @app.callback(invoke_without_command=True)

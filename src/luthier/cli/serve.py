@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from luthier.serve.backend import Backend
+    from luthier.serve.gateway import Gateway
     from luthier.serve.settings import EngineSettings, ServeSettings
-    from luthier.serve.views import Views
 
 SHORTEST_KEY = 16
 ENGINES = ("process", "inline")
@@ -35,6 +36,11 @@ def serve(
         "-a",
         metavar="NAME=FOLDER",
         help="An adapter, or the folder of a run, and its name in requests; repeat it.",
+    ),
+    registry: str | None = typer.Option(
+        None,
+        metavar="PLACE",
+        help="Serve what this registry holds, to its tenants: folder, sqlite:///FILE or postgresql://...?blobs=PLACE.",
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on; beyond loopback put TLS in front of it."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any that is free."),
@@ -54,10 +60,18 @@ def serve(
     drain_seconds: float = typer.Option(30.0, min=0, help="How long running answers may go on after a stop is asked for."),
     state: Path | None = typer.Option(None, help="Folder for what must outlive the process. Default: in $XDG_STATE_HOME."),
     log_prompts: bool = typer.Option(False, help="Write prompts and answers into the log."),
+    otlp: str | None = typer.Option(
+        None,
+        metavar="URL",
+        help="Send traces there over OTLP/HTTP, as http://127.0.0.1:4318/v1/traces. Needs luthier[telemetry].",
+    ),
     docs: bool = typer.Option(False, help="Answer /docs and /openapi.json."),
     as_json: bool = JSON,
 ) -> None:
-    """Serve a base model and adapters over OpenAI's API. The key is that in LUTHIER_API_KEY, or one is drawn and shown."""
+    """Serve a base model and adapters over OpenAI's API.
+
+    With --registry keys and names are its tenants'. Without, there is one key: that in LUTHIER_API_KEY, or one that is drawn.
+    """
     console = make_console(as_json)
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
@@ -91,10 +105,13 @@ def serve(
         kv_tokens=kv_tokens,
         adapter_bytes=adapter_mib * 2**20,
         adapters=folders,
+        registry=registry,
     )
-    key, is_drawn = api_key()
+    if registry is not None and folders:
+        raise ConfigError("--adapter and --registry: adapters that a registry does not know belong to no tenant. Register them")
+    key, is_drawn = (None, False) if registry is not None else api_key()
     with listening_socket(host, port) as sock:
-        serving = Serving(settings, computing, engine, threads, console, as_json)
+        serving = Serving(settings, computing, engine, threads, otlp, console, as_json)
         asyncio.run(serving.run(sock, key, is_drawn))
 
 
@@ -107,30 +124,55 @@ class Serving:
         computing: "EngineSettings",
         engine: str,
         threads: int | None,
+        otlp: str | None,
         console: "Console",
         as_json: bool,
     ):
-        self.settings, self.computing, self.engine, self.threads = settings, computing, engine, threads
+        self.settings, self.computing, self.engine, self.threads, self.otlp = settings, computing, engine, threads, otlp
         self.console, self.as_json = console, as_json
 
-    async def run(self, sock: "socket.socket", key: str, is_drawn: bool) -> None:
-        """Load, listen, and serve until a stop signal."""
+    async def run(self, sock: "socket.socket", key: str | None, is_drawn: bool) -> None:
+        """Load, listen, and serve until a stop signal. Without a key, keys are the registry's."""
         from luthier.models.load import read_tokenizer
         from luthier.serve.app import make_app
-        from luthier.serve.gateway import Gateway
+        from luthier.serve.logs import log_to
         from luthier.serve.running import run
-        from luthier.serve.views import FixedViews, local_view
+        from luthier.serve.telemetry import Traces
 
+        _, password = without_password(self.computing.registry)
+        log_to(sys.stderr, secrets=[each for each in (key, password) if each])
+        traces = None if self.otlp is None else Traces(self.otlp)
         backend, facts = await self._start()
         try:
             for name in self.computing.adapters:
                 await backend.load(name)
-            views: Views = FixedViews(local_view(key, self.settings.served_name, self.computing.adapters))
-            app = make_app(Gateway(self.settings, backend, read_tokenizer(Path(facts["path"])), views))
-            ready = lambda: self._tell(sock, facts, key if is_drawn else None)  # noqa: E731
-            await run(app, sock, drain_seconds=self.settings.drain_seconds, on_ready=ready)
+            gateway = self._gateway(backend, read_tokenizer(Path(facts["path"])), facts.pop("fingerprint"), key)
+            await run(
+                make_app(gateway, [traces] if traces else []),
+                sock,
+                drain_seconds=self.settings.drain_seconds,
+                on_ready=lambda: self._tell(sock, facts, key, is_drawn),
+                on_stop=gateway.drain,
+            )
         finally:
             await backend.close()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
+
+    def _gateway(self, backend: "Backend", tokenizer: Any, fingerprint: dict[str, Any], key: str | None) -> "Gateway":
+        """Return the gateway of a registry, or of one key."""
+        from luthier.serve.gateway import Gateway
+        from luthier.serve.views import FixedViews, local_view
+
+        if key is not None:
+            view = local_view(key, self.settings.served_name, self.computing.adapters)
+            return Gateway(self.settings, backend, tokenizer, FixedViews(view))
+        from luthier.formats.fingerprint import Fingerprint
+        from luthier.registry.place import open_registry
+        from luthier.serve.watched import watched_gateway
+
+        known = Fingerprint.model_validate(fingerprint)
+        return watched_gateway(self.settings, backend, tokenizer, open_registry(self.computing.registry), fingerprint=known)
 
     async def _start(self) -> "tuple[Backend, dict[str, Any]]":
         """Return an engine that answers, and what is to be told of it."""
@@ -152,17 +194,20 @@ class Serving:
         await backend.start()
         return backend, dict(backend.facts)
 
-    def _tell(self, sock: "socket.socket", facts: dict[str, Any], drawn_key: str | None) -> None:
+    def _tell(self, sock: "socket.socket", facts: dict[str, Any], key: str | None, is_drawn: bool) -> None:
         """Say where it listens and what it serves. A key that was drawn is shown here, and nowhere else."""
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-        models = [self.settings.served_name, *self.computing.adapters]
+        models = [self.settings.served_name, *self.computing.adapters] if key is not None else None
+        place, _ = without_password(self.computing.registry)
         if self.as_json:
-            print_json({"url": url, "key": drawn_key, "models": models, "engine": {"kind": self.engine, **facts}})
+            told = {"url": url, "key": key if is_drawn else None, "models": models, "registry": place}
+            print_json({**told, "engine": {"kind": self.engine, **facts}})
             return
         say = self.console.print
         say(f"Serving on {url}", highlight=False)
-        say(f"  models    {', '.join(models)}", highlight=False, soft_wrap=True)
+        said = ", ".join(models) if models else f"what {place} grants each tenant"
+        say(f"  models    {said}", highlight=False, soft_wrap=True)
         say(f"  weights   {facts['dtype']} Held as {facts['form']}.", highlight=False, soft_wrap=True)
         say(
             f"  limits    {facts['max_running']} requests at a time over {facts['max_active_adapters']} adapters, "
@@ -170,13 +215,17 @@ class Serving:
             highlight=False,
             soft_wrap=True,
         )
-        say(f"  engine    {self.engine}, {facts['threads']} threads", highlight=False)
+        waiting = "sleep" if facts["wait_policy"] == "passive" else "spin"
+        say(f"  engine    {self.engine}, {facts['threads']} threads that {waiting} while they wait", highlight=False)
         if facts["slow_because"]:
             say(f"  slow      one request after another: {facts['slow_because']}", highlight=False, soft_wrap=True)
         if host not in LOOPBACK:
             say("  warning   keys and answers travel unencrypted; put TLS in front of this port", highlight=False)
-        shown = f"{drawn_key} (drawn for this run; {KEY_VARIABLE} sets one)" if drawn_key else f"that in {KEY_VARIABLE}"
-        say(f"  key       {shown}", highlight=False, soft_wrap=True)
+        if key is None:
+            say("  keys      the registry's; `luthier tenants keys issue` makes one", highlight=False)
+        else:
+            shown = f"{key} (drawn for this run; {KEY_VARIABLE} sets one)" if is_drawn else f"that in {KEY_VARIABLE}"
+            say(f"  key       {shown}", highlight=False, soft_wrap=True)
 
 
 def api_key() -> tuple[str, bool]:
@@ -211,6 +260,20 @@ def folders_by_name(adapters: list[str]) -> dict[str, str]:
             raise ConfigError(f"--adapter {given}: there is no adapter in {path} (no adapter_config.json)")
         found[name] = str(path)
     return found
+
+
+def without_password(place: str | None) -> tuple[str | None, str | None]:
+    """Return where a registry is as it may be shown, and the password that was in it, if there was one."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if place is None:
+        return None, None
+    try:
+        url = make_url(place)
+    except ArgumentError:
+        return place, None  # a folder
+    return url.render_as_string(hide_password=True), url.password
 
 
 def name_of(model: str) -> str:

@@ -30,6 +30,7 @@ from luthier.engine.text import TextStream
 from luthier.ops.prepacked import known_form
 
 if TYPE_CHECKING:
+    from luthier.formats.fingerprint import Fingerprint
     from luthier.models.pooling import Pooling
 
 GREEDY = Sampling()
@@ -156,6 +157,11 @@ class Engine:
     def slow_because(self) -> str | None:
         """Why the model is served by its own forward, each request by itself; None where the engine has one for it."""
         return self._host.slow_because
+
+    @property
+    def fingerprint(self) -> "Fingerprint":
+        """Who the base is; adapters of another one are refused."""
+        return self._host.store.base.fingerprint
 
     @property
     def closed_because(self) -> str | None:

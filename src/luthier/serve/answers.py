@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from luthier.engine.jobs import Event
 from luthier.engine.requests import Completion
-from luthier.serve.errors import ApiError, unavailable
+from luthier.serve.errors import ApiError, server_fault, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class EventStream(Response):
                 raise
             except Exception:
                 log.exception("a stream failed")
-                last = _line(ApiError(500, "The server failed; its log says why.", type="server_error").body())
+                last = _line(server_fault().body())
         await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from luthier.serve.bodies import Asked, Body, Text, Usage
 
@@ -14,6 +15,16 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError(
+                "refused", "Parts of type '{key}' are not supported: messages are text.", {"key": kind[:100]}
+            )
+        return given
 
 
 Content = str | Annotated[list[TextPart], Field(min_length=1)]

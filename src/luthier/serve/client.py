@@ -1,7 +1,7 @@
 """A server of OpenAI's API from outside: its models, and answers to chats as they come. For the terminal and for load tests."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -62,7 +62,7 @@ class Client:
             raise _refusal(response.status_code, response.content)
         return [each["id"] for each in response.json()["data"]]
 
-    async def chat(self, messages: Sequence[Message], model: str, **settings: Any) -> AsyncIterator[Chunk]:
+    async def chat(self, messages: Sequence[Message], model: str, **settings: Any) -> AsyncGenerator[Chunk, None]:
         """Yield the answer to a chat as it comes; `settings` are the API's own (max_tokens, temperature, ...).
 
         Leaving the iterator closes the connection, which stops the answer. Raises: RemoteError.
@@ -88,7 +88,7 @@ class Client:
         return RemoteError(f"{self.url} does not answer: {error or type(error).__name__}")
 
 
-async def _data(raw: AsyncIterator[bytes]) -> AsyncIterator[str]:
+async def _data(raw: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
     """Yield what stands behind `data:` in a stream of server-sent events.
 
     Lines end with a line feed and nothing else: JSON may hold other signs that Unicode takes for the end of a line.

@@ -5,6 +5,7 @@ torch loaded: in the engine's own process, or in the gateway's where the engine 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from luthier.serve.backend import EngineBackend
 from luthier.serve.settings import EngineSettings
@@ -12,9 +13,11 @@ from luthier.serve.settings import EngineSettings
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What an engine came to be. `path` is the folder of base and tokenizer, `wait_policy` how its threads wait for work."""
+    """What an engine came to be. `path` is the folder of base and tokenizer, `wait_policy` how its threads wait for work,
+    `fingerprint` that of the base, as plain JSON."""
 
     path: str
+    fingerprint: dict[str, Any]
     dtype: str
     form: str
     max_running: int
@@ -54,6 +57,7 @@ def load_backend(settings: EngineSettings, progress: Callable[[str], None] | Non
     )
     facts = EngineFacts(
         path=str(path),
+        fingerprint=engine.fingerprint.model_dump(mode="json"),
         dtype=choose_dtype(settings.dtype, choose_device(settings.device)).reason,
         form=settings.form_held,
         max_running=engine.limits.max_rows,

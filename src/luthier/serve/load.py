@@ -7,7 +7,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from pydantic import Field
 
 from luthier.core.errors import RemoteError
 from luthier.core.settings import Settings
-from luthier.serve.client import Client, Message
+from luthier.serve.client import Chunk, Client, Message
 
 Ended = Literal["answered", "left", "refused", "failed"]
 SHARES = (0.5, 0.95, 0.99)
@@ -29,6 +29,7 @@ class LoadSettings(Settings):
     requests: int | None = Field(default=None, ge=1, description="requests in all; None: until the time is over")
     seconds: float | None = Field(default=None, gt=0, description="no request begins later; None: until the requests are done")
     max_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0: the likeliest token each time")
     zipf: float = Field(default=0.0, ge=0, description="exponent of Zipf's law over the models as they are listed; 0: all alike")
     leave: float = Field(default=0.0, ge=0, le=1, description="share of requests whose client leaves in the middle of the answer")
     hang_up: float = Field(default=0.0, ge=0, le=1, description="share whose client leaves before the first token")
@@ -88,7 +89,7 @@ async def run_load(
         elif fate < load.hang_up + load.leave:
             patience = dice.randint(1, max(1, load.max_tokens // 2))
         asked = Asked(model, prompt, time.perf_counter())
-        await _ask(client, asked, prompts[prompt], load.max_tokens, patience, dice)
+        await _ask(client, asked, prompts[prompt], load, patience, dice)
         if not keeps_text:
             asked.texts.clear()
         done.append(asked)
@@ -108,36 +109,35 @@ async def run_load(
 
 
 async def _ask(
-    client: Client, asked: Asked, messages: Sequence[Message], max_tokens: int, patience: int | None, dice: random.Random
+    client: Client, asked: Asked, messages: Sequence[Message], load: LoadSettings, patience: int | None, dice: random.Random
 ) -> None:
+    """Ask, and leave after `patience` pieces of text; 0: at a moment that is drawn, most likely before the first."""
+    stream = client.chat(messages, asked.model, max_tokens=load.max_tokens, temperature=load.temperature)
     try:
-        if patience == 0:
-            await _hang_up(client, asked, messages, max_tokens, dice)
-            return
-        pieces = 0
-        async with aclosing(client.chat(messages, asked.model, max_tokens=max_tokens)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
+        async with aclosing(stream):
+            if patience == 0:
+                await _hang_up(stream, dice)
+                asked.ended = "left"
+                return
+            async for chunk in stream:
                 if chunk.text:
                     asked.last = time.perf_counter()
                     asked.first = asked.first or asked.last
                     asked.texts.append(chunk.text)
-                    pieces += 1
                 if chunk.usage:
                     asked.tokens = chunk.usage["completion_tokens"]
-                if patience is not None and pieces >= patience:
-                    asked.ended, asked.tokens = "left", pieces
+                if patience is not None and len(asked.texts) >= patience:
+                    asked.ended, asked.tokens = "left", len(asked.texts)
                     return
     except RemoteError as error:
         asked.ended = "refused" if error.status is not None else "failed"
         asked.status, asked.error = error.status, str(error)
 
 
-async def _hang_up(client: Client, asked: Asked, messages: Sequence[Message], max_tokens: int, dice: random.Random) -> None:
-    """Send a request and go before it is answered, at a moment that is drawn."""
-    waiting = asyncio.ensure_future(anext(client.chat(messages, asked.model, max_tokens=max_tokens)))
+async def _hang_up(stream: AsyncGenerator[Chunk, None], dice: random.Random) -> None:
+    waiting = asyncio.ensure_future(anext(stream))
     await asyncio.wait({waiting}, timeout=dice.random() * 0.2)
     waiting.cancel()
-    asked.ended = "left"
     with suppress(asyncio.CancelledError):
         await waiting
 

@@ -22,6 +22,7 @@ import sys
 import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 from luthier.core.errors import EngineError, LuthierError
@@ -101,7 +102,7 @@ class ProcessBackend:
     async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Yield the answer as it is made."""
         life, answer = self._living(), Answer()
-        parts = life.ask(ask)
+        id, parts = life.ask(ask)
         is_done = False
         try:
             while not is_done:
@@ -111,7 +112,7 @@ class ProcessBackend:
                     raise EngineError(life.loss)
                 yield answer.event(part)
         finally:
-            life.forget(ask.id, cancel=not is_done)
+            life.forget(id, cancel=not is_done)
 
     async def embed(self, rows: list[tuple[int, ...]], adapter: str | None) -> list[list[float]]:
         """Return one vector for each row of token ids."""
@@ -194,17 +195,21 @@ class _Life:
     ) -> Self:
         """Start a process and return once it is ready. Raises: what loading raised there, EngineError if it died."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            # -P: a file in the working directory is no module of ours.
-            words = ("-P", "-m", "luthier.serve.worker", str(theirs.fileno()), str(os.getpid()))
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *words,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,  # whatever a library prints belongs beside the log
-                pass_fds=[theirs.fileno()],
-                env=environment,
-            )
+        try:
+            with theirs:
+                # -P: a file in the working directory is no module of ours.
+                words = ("-P", "-m", "luthier.serve.worker", str(theirs.fileno()), str(os.getpid()))
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *words,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=2,  # whatever a library prints belongs beside the log
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                )
+        except BaseException:
+            ours.close()
+            raise
         life = cls(process, *await asyncio.open_connection(sock=ours))
         try:
             await life._load(settings, progress)
@@ -267,13 +272,18 @@ class _Life:
             return f"the engine died ({signal.Signals(-status).name})"
         return f"the engine died (signal {-status})"
 
-    def ask(self, ask: Ask) -> "asyncio.Queue[Part | None]":
-        """Send a request; its parts come in the queue, and None when the engine has died."""
-        parts = self._parts[ask.id] = asyncio.Queue()
-        self._send(ask_message(ask))
+    def ask(self, ask: Ask) -> "tuple[str, asyncio.Queue[Part | None]]":
+        """Send a request; return its id here and the queue in which its parts come, and None when the engine has died.
+
+        The id is ours: one that a client chose may be used twice at a time, by another tenant too.
+        """
+        id = f"r{next(self._numbers)}"
+        parts: asyncio.Queue[Part | None] = asyncio.Queue()
+        self._parts[id] = parts
+        self._send(ask_message(replace(ask, id=id)))
         if self.ended_because:
             parts.put_nowait(None)
-        return parts
+        return id, parts
 
     def forget(self, id: str, *, cancel: bool) -> None:
         """Take no more parts of a request, and have it stopped if it still runs."""

@@ -4,8 +4,8 @@ Nothing here knows what a route does.
 """
 
 import json
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Annotated, Any, ClassVar
 
 import pydantic_core
 from fastapi import Depends, FastAPI, Request, Security
@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
+from luthier.registry.tenancy import Scope
 from luthier.registry.view import Caller
 from luthier.serve.errors import ApiError, ErrorBody
 from luthier.serve.gateway import Gateway
@@ -40,7 +41,12 @@ class StrictRequest(Request):
 
 
 class KeyFirstRoute(APIRoute):
-    """A route that knows who asks before it reads what: a body without a valid key is not looked at."""
+    """A route that knows who asks before it reads what: a body without a valid key is not looked at.
+
+    A class of its own with another `scope` is for routes that need that one.
+    """
+
+    scope: ClassVar[Scope] = Scope.INFERENCE
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler, with the caller in the request's state."""
@@ -49,7 +55,7 @@ class KeyFirstRoute(APIRoute):
         async def handler(given: Request) -> Response:
             request = StrictRequest(given.scope, given.receive)
             gateway: Gateway = request.app.state.gateway
-            request.state.caller = gateway.caller(request.headers.get("authorization"))
+            request.state.caller = gateway.caller(request.headers.get("authorization"), self.scope)
             await request.body()  # here, since FastAPI would take a refusal of the body's size for a fault of its form
             return await answer(request)
 
@@ -76,14 +82,14 @@ def refusal_of_body(error: RequestValidationError) -> ApiError:
     """Return the answer to a body, path or query that has not the form that is needed: its deepest fault, and where it is."""
     faults = error.errors()
     # Where several forms would do (a text or a list), what got furthest into one of them is most likely what was meant.
-    fault = max(faults, key=lambda each: (each["type"] in ("refused", "unknown_key"), len(_place(error.body, each["loc"]))))
+    fault = max(faults, key=lambda each: (each["type"] in ("refused", "unknown_key"), len(_place(error.body, each))))
     if fault["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {fault['ctx']['error']}.", code="invalid_json")
     if isinstance(error.body, bytes):
         return ApiError(
             400, "The body is not taken for JSON: send it with 'Content-Type: application/json'.", code="invalid_json"
         )
-    place = _place(error.body, fault["loc"])
+    place = _place(error.body, fault)
     if fault["type"] in ("refused", "unknown_key"):
         place = (*place, fault["ctx"]["key"])
     where = ".".join(map(str, place)) or None
@@ -93,12 +99,13 @@ def refusal_of_body(error: RequestValidationError) -> ApiError:
     return ApiError(400, told, param=where, code=codes.get(fault["type"], "invalid_value"))
 
 
-def _place(body: Any, path: Sequence[Any]) -> tuple[Any, ...]:
-    """The path of a fault in the body as it was sent; pydantic's has the names of tried forms in between."""
+def _place(body: Any, fault: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where in the body, as it was sent, a fault is; pydantic's path has the names of tried forms in between."""
     place: list[Any] = []
-    for at, part in enumerate(path[1:] if path and path[0] in ("body", "path", "query", "header") else path):
-        is_last = at == len(path) - 2
-        if isinstance(body, dict) and (part in body or (is_last and isinstance(part, str))):
+    _, *path = fault["loc"]  # the first part says that it is the body
+    for at, part in enumerate(path):
+        is_missing = fault["type"] == "missing" and at == len(path) - 1
+        if isinstance(body, dict) and (part in body or is_missing):
             place.append(part)
             body = body.get(part)
         elif isinstance(body, list) and isinstance(part, int) and part < len(body):

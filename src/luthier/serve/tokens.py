@@ -43,10 +43,7 @@ class TokenTexts:
         for text in texts[:-1]:
             offsets.append(offsets[-1] + len(text))
         top = [
-            {
-                self.text(token): max(logprob, LEAST)
-                for token, logprob in reversed(((each.token, each.logprob), *each.alternatives))
-            }
+            {self.text(token): max(logprob, LEAST) for token, logprob in (*each.alternatives, (each.token, each.logprob))}
             for each in tokens
         ]
         return {

@@ -28,7 +28,7 @@ Part = list[Any]
 
 def frame(message: Message) -> bytes:
     """Return a message as it is sent."""
-    body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    body = json.dumps(message, separators=(",", ":")).encode()  # in ASCII, so that half a character crosses too
     return HEAD.pack(len(body)) + body
 
 

@@ -8,6 +8,7 @@ once and sends all that is there by then, which is mostly one step's.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import dataclasses
 import logging
@@ -24,6 +25,7 @@ from typing import Any
 from luthier.engine.jobs import Event, Handle
 from luthier.serve.backend import Ask, EngineBackend
 from luthier.serve.embedded import load_backend
+from luthier.serve.logs import log_to
 from luthier.serve.settings import EngineSettings
 from luthier.serve.wire import Message, Part, error_fields, frame, part_of, read_ask, read_message
 
@@ -51,7 +53,8 @@ class Worker:
         kind = message["kind"]
         if kind == "ask":
             ask = read_ask(message)
-            asked = self._asked[ask.id] = Future()
+            asked: Future[Handle] = Future()
+            self._asked[ask.id] = asked
             if ask.sampling.constraint is None:
                 self._submit(ask, asked)
             else:  # its grammar is read first, which takes a second the first time
@@ -137,7 +140,7 @@ async def serve(sock: socket.socket) -> int:
     except Exception as error:
         logging.getLogger(__name__).debug("the engine was not loaded", exc_info=True)
         writer.write(frame({"kind": "failed", "error": error_fields(error)}))
-        await writer.drain()
+        await _sent(writer)
         return 1
     worker = Worker(backend, writer)
     worker.send({"kind": "ready", "facts": dataclasses.asdict(facts)})
@@ -158,14 +161,21 @@ async def _until_the_end(
     broken = asyncio.ensure_future(worker.broken.wait())
     await asyncio.wait({reading, broken}, return_when=asyncio.FIRST_COMPLETED)
     if not reading.done():
-        await writer.drain()
-        return FAULT
+        await _sent(writer)
+        os._exit(FAULT)  # what other threads still wait for will not come
     if not reading.result():
         os._exit(0)  # the gateway is gone: there is nobody to finish for
     await worker.backend.close()
-    await asyncio.sleep(0)  # the last events, which the engine's thread has left by now, are sent
-    await writer.drain()
+    await asyncio.sleep(0)  # the last events, which the engine's thread has left by now, are written
+    await _sent(writer)
     return 0
+
+
+async def _sent(writer: asyncio.StreamWriter) -> None:
+    """Close the socket once all that was written is sent."""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 def die_with(parent: int) -> None:
@@ -181,7 +191,7 @@ def main() -> None:
     die_with(int(sys.argv[2]))
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    logging.basicConfig(level=logging.WARNING, format="engine: %(message)s")
+    log_to(sys.stderr)
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)  # or a program started from here would hold it open after our death
     sys.exit(asyncio.run(serve(sock)))

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
-from luthier.engine.drawing import Drawn, RowDraw, draw, draw_plain, nucleus, penalized
+from luthier.engine.drawing import Drawn, RowDraw, draw, draw_plain, nucleus, penalized, processed
 from luthier.engine.requests import Sampling
 
 VOCABULARY = 1009
@@ -17,6 +18,7 @@ MIXED = [
     Sampling(temperature=0.7, top_k=40, logprobs=0),
     Sampling(temperature=1.4, top_p=0.8),
     Sampling(temperature=1.0, min_p=0.05, logprobs=5),
+    Sampling(temperature=0.8, logit_bias={3: 4.5, 11: -100.0}, repetition_penalty=1.1),
     Sampling(
         temperature=0.9, top_k=50, top_p=0.9, min_p=0.02, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2
     ),
@@ -81,6 +83,18 @@ def test_penalties_are_those_of_the_papers_in_float64():
     logits = torch.tensor([[2.0, 1.5, -1.0, 0.7]])
     expected = [2.0 / 1.25, 1.5 / 1.25 - 0.5 - 3 * 0.25, -1.0 * 1.25 - 0.5 - 0.25, 0.7]
     assert penalized(logits, [row])[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_bias_is_that_of_transformers():
+    """Their processor of single tokens' bias, then that of repetition, against ours on rows of one batch."""
+    bias = {3: 4.5, 11: -7.25, 900: 0.5}
+    prompt = [3, 11, 20, 3]
+    asked = Sampling(logit_bias=bias, repetition_penalty=1.3)
+    logits = torch.randn(2, VOCABULARY) * 3
+    expected = SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})(torch.tensor([prompt]), logits[:1])
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt]), expected)
+    found = processed(logits, [RowDraw(asked, prompt), RowDraw(Sampling())])
+    torch.testing.assert_close(found, torch.cat([expected, logits[1:]]))
 
 
 def test_logprobs_are_the_log_softmax_of_the_logits_as_given(steps, prompts):
