@@ -14,6 +14,7 @@ import torch
 from tests.served_adapters import save_random_adapter
 from tests.tiny_run import rows, save_tiny_model
 from tests.unfit_adapters import MAX_RANK, unfit_folders
+from transformers import AutoModelForCausalLM
 
 from luthier.adapt import detach
 from luthier.engine import Engine
@@ -45,7 +46,7 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
     base = save_tiny_model(place / "base", tiny_llama, tiny_tokenizer, **SHAPE)
     registry = open_registry(place / "registry", create=True)
     folders = {"trained": train(place, base)}
-    model = tiny_llama(vocab=len(tiny_tokenizer), **SHAPE)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
     more = {
         "wide": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
         "rslora": {"r": 3, "use_rslora": True},

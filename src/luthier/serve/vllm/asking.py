@@ -41,6 +41,8 @@ def body_of(
         "return_token_ids": True,
         "add_special_tokens": False,
     }
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     if sampling.seed is not None:
         body["seed"] = sampling.seed
     if sampling.logprobs is not None:
@@ -97,7 +99,10 @@ class Answer:
 
     def _event(self, choice: dict[str, Any]) -> Event:
         """What a chunk adds."""
-        text, tokens, logprobs, reason = [], [], [], None
+        text: list[str] = []
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        reason: FinishReason | None = None
         for token, logprob in zip(choice.get("token_ids") or (), _logprobs(choice, self.sampling), strict=False):
             if self._first is None:
                 self._first = time.monotonic()
@@ -118,7 +123,7 @@ class Answer:
         if reason is None and told is not None:
             if told not in ("stop", "length"):
                 raise EngineError(f"vLLM ended this answer: {told}")
-            reason = told
+            reason = "stop" if told == "stop" else "length"
         if reason is not None:
             text.append(self._text.flush())
         self._said += text

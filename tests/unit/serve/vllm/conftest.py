@@ -4,22 +4,23 @@ from pathlib import Path
 
 import pytest
 from tests.unfit_adapters import unfit_folders
+from transformers import AutoModelForCausalLM
 
 from luthier.serve.vllm.checking import Served
 
 
 @pytest.fixture(scope="module")
-def base_model(tiny_llama):
-    """Return the base as a live model."""
-    return tiny_llama()
+def base_folder(tiny_llama, tmp_path_factory) -> Path:
+    """Return its folder."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def base_folder(base_model, tmp_path_factory) -> Path:
-    """Return its folder."""
-    folder = tmp_path_factory.mktemp("base")
-    base_model.save_pretrained(folder)
-    return folder
+def base_model(base_folder):
+    """Return the base as a live model, read from its folder as whoever trains on it reads it."""
+    return AutoModelForCausalLM.from_pretrained(base_folder).eval()
 
 
 @pytest.fixture(scope="module")

@@ -125,11 +125,13 @@ def test_a_request_says_all_of_how_to_draw(tiny_tokenizer):
         frequency_penalty=0.3,
         seed=11,
         logprobs=2,
+        logit_bias={7: 1.5},
     )
     body = body_of("orders:1", PROMPT, sampling, {5, 2}, "salt")
-    expected = sampling.model_dump(exclude={"max_new_tokens", "stop", "stop_token_ids", "ignore_eos", "constraint"})
+    expected = sampling.model_dump(exclude={"max_new_tokens", "stop", "stop_token_ids", "ignore_eos", "constraint", "logit_bias"})
     assert {name: body[name] for name in expected} == expected
     assert (body["prompt"], body["max_tokens"], body["stop_token_ids"], body["cache_salt"]) == ([3, 4, 5], 7, [2, 5], "salt")
+    assert body["logit_bias"] == {"7": 1.5}
     assert body["ignore_eos"] and body["stream"] and body["return_token_ids"] and "stop" not in body
 
 

@@ -10,13 +10,11 @@ from tests.unfit_adapters import KINDS, MAX_RANK, QV
 from luthier.adapt import detach
 from luthier.core.errors import AdapterFormatError, ModelError
 from luthier.formats.adapters import fingerprint_of
-from luthier.models import load_model
 from luthier.serve.vllm.checking import RANKS, Served, check_for_vllm, size_for
 
 
-def test_the_base_is_described_as_the_live_model_is(base_folder, served):
-    live = load_model(str(base_folder), dtype="float32")
-    assert served.fingerprint == fingerprint_of(live.model).model_dump()
+def test_the_base_is_described_as_the_live_model_is(base_model, served):
+    assert served.fingerprint == fingerprint_of(base_model).model_dump()
     assert served.layers["model.layers.1.self_attn.k_proj"] == (24, 48)
     assert served.layers["model.layers.0.mlp.down_proj"] == (48, 123)
     assert len(served.layers) == 14 and "lm_head" not in served.layers
@@ -44,10 +42,10 @@ def test_what_vllm_serves_right_has_no_reason_against_it(base_model, served, tmp
     assert check_for_vllm(save_peft_adapter(base_model, tmp_path / "fit", 3, **config), served, MAX_RANK) == []
 
 
-def test_an_adapter_trained_here_is_fit(tiny_llama, served, tmp_path):
-    model = tiny_llama()
-    assert check_for_vllm(save_random_adapter(tmp_path / "fit", model), served, MAX_RANK) == []
-    detach(model)
+def test_an_adapter_written_by_luthier_is_fit(base_model, served, tmp_path):
+    folder = save_random_adapter(tmp_path / "fit", base_model)
+    detach(base_model)
+    assert check_for_vllm(folder, served, MAX_RANK) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,12 +72,11 @@ def test_the_registrys_fingerprint_counts_where_the_folder_has_none(tiny_llama, 
     assert "another base" in reason
 
 
-def test_a_loftq_adapter_is_for_its_own_base_only(tiny_llama, served, tmp_path):
-    model = tiny_llama()
-    folder = save_random_adapter(tmp_path / "fitted", model)
-    detach(model)
+def test_a_loftq_adapter_is_for_its_own_base_only(base_model, served, tmp_path):
+    folder = save_random_adapter(tmp_path / "fitted", base_model)
+    detach(base_model)
     note = json.loads((folder / "luthier.json").read_text())
-    (folder / "luthier.json").write_text(json.dumps({**note, "recipe": {"loftq": {}}, "base": None}))
+    (folder / "luthier.json").write_text(json.dumps({**note, "recipe": {"loftq": {}}, "base": {}}))
     (reason,) = check_for_vllm(folder, served, MAX_RANK)
     assert "loftq" in reason
 

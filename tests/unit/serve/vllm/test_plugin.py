@@ -32,10 +32,9 @@ def resolver(registry, tmp_path, served):
 
 
 @pytest.fixture
-def adapter(tiny_llama, tmp_path):
-    model = tiny_llama()
-    folder = save_random_adapter(tmp_path / "adapter", model)
-    detach(model)
+def adapter(base_model, tmp_path):
+    folder = save_random_adapter(tmp_path / "adapter", base_model)
+    detach(base_model)
     return folder
 
 
@@ -85,11 +84,10 @@ def test_a_version_is_found_as_it_was_registered(registry, resolver, adapter):
     assert id_of(found) == id_of(resolver.find("acme/orders:1")) > 0
 
 
-def test_the_number_of_a_version_follows_its_bytes(registry, resolver, tiny_llama, tmp_path):
-    model = tiny_llama()
+def test_the_number_of_a_version_follows_its_bytes(registry, resolver, base_model, tmp_path):
     for seed, name in ((1, "one"), (2, "two")):
-        register(registry, save_random_adapter(tmp_path / name, model, seed), name=name, **SAID)
-        detach(model)
+        register(registry, save_random_adapter(tmp_path / name, base_model, seed), name=name, **SAID)
+        detach(base_model)
     assert id_of(resolver.find("one:1")) != id_of(resolver.find("two:1"))
 
 
