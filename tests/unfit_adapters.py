@@ -16,9 +16,11 @@ from luthier.adapt import detach
 
 MAX_RANK = 16
 QV = ["q_proj", "v_proj"]
+UNSOUND = ("empty", "false_rank", "half")
+"""Kinds that the registry itself does not take."""
 KINDS = (
-    *("adalora", "bias", "dora", "elsewhere", "embeddings", "empty", "false_rank", "half", "head", "high_rank", "lora_bias"),
-    *("narrow", "one_high_rank", "other_base", "saved_whole", "stranger", "tokens"),
+    *("adalora", "bias", "dora", "elsewhere", "embeddings", "head", "high_rank", "lora_bias", "narrow", "one_high_rank"),
+    *("other_base", "saved_whole", "stranger", "tokens"),
 )
 
 

@@ -4,16 +4,16 @@
 """
 
 import asyncio
+import json
 import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tests.served_adapters import save_random_adapter
 from tests.tiny_run import rows, save_tiny_model
-from tests.unfit_adapters import MAX_RANK, unfit_folders
+from tests.unfit_adapters import KINDS, MAX_RANK, unfit_folders
 from transformers import AutoModelForCausalLM
 
 from luthier.adapt import detach
@@ -57,7 +57,7 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
         detach(model)
     other, smaller = (tiny_llama(vocab=len(tiny_tokenizer), **SHAPE | change) for change in ({"seed": 9}, {"hidden": 128}))
     unfit = unfit_folders(model, other, smaller, place / "unfit")
-    for name, folder in folders.items() | {(name, folder) for name, (folder, _) in unfit.items()}:
+    for name, folder in (folders | {kind: unfit[kind][0] for kind in KINDS}).items():
         register(registry, folder, name=f"acme/{name}", **SAID)
     adapters = {f"acme/{name}:1": folder for name, folder in folders.items()}
     prompts = [tuple(tiny_tokenizer(text)["input_ids"]) for text in PROMPTS]
@@ -72,7 +72,7 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
         tokenizer=tiny_tokenizer,
         registry=registry,
         adapters=tuple(adapters),
-        unfit={f"acme/{name}:1": words for name, (_, words) in unfit.items()},
+        unfit={f"acme/{kind}:1": unfit[kind][1] for kind in KINDS},
         prompts=prompts,
         sampling=sampling,
         wanted=wanted,
@@ -81,8 +81,6 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
 
 def train(place: Path, base: Path) -> Path:
     """Train an adapter until its answers are not the base's, and return its folder."""
-    import json
-
     from luthier.train.run import train as run
     from luthier.train.settings import RunSettings
 
@@ -95,8 +93,8 @@ def train(place: Path, base: Path) -> Path:
         "lora": {"r": 4},
         "train": {"max_steps": 12, "batch_rows": 6, "compile": "off", "learning_rate": 0.02},
     }
-    torch.manual_seed(0)
-    return run(RunSettings(**settings)).folder / "adapter"
+    run(RunSettings(**settings))
+    return place / "run" / "adapter"
 
 
 class Running:

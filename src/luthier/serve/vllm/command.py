@@ -1,17 +1,20 @@
 """vLLM's command line and environment: reachable through one socket, asked with one key, and telling nobody anything.
 
 Also the adapter that changes nothing. In vLLM 0.32 on a CPU a row of the bare base that shares a batch with rows of adapters is
-given the numbers of the last slot (index -1 in lora/ops/torch_ops), so there the base is asked for as an adapter of its own: one
-without any tensors, whose slot vLLM fills with zeros. What it adds is exactly nothing, in every dtype.
+given the numbers of the last slot (index -1 in lora/ops/torch_ops), so there the base is asked for as an adapter of its own, whose
+slot holds zeros only. What it adds is exactly nothing, in every dtype. vLLM takes no adapter without tensors, so that it has one pair
+of rank 1 for one layer.
 """
 
 import json
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from luthier.serve.vllm.checking import PREFIX, Served
 from luthier.serve.vllm.guard import KEY
 from luthier.serve.vllm.plugin import BASE_FILE, MAX_RANK, NAME
 from luthier.serve.vllm.settings import VllmSettings
@@ -21,8 +24,8 @@ RAW_BASE = "luthier-raw-base"
 ZERO = "luthier-base"
 """What it calls the adapter that changes nothing."""
 
-ZERO_CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [], "bias": "none"}
-NO_TENSORS = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"  # a safetensors file: the header's length, and an empty header
+USUAL = ("o_proj", "down_proj", "out_proj", "dense", "c_proj", "fc2", "wo")
+"""Layers that vLLM has under the same name, and not packed with others, in nearly every architecture."""
 
 # What would open another way in, send something out, or change which adapters are found.
 DROPPED = ("VLLM_SERVER_DEV_MODE", "VLLM_USE_RUST_FRONTEND", "VLLM_PORT", "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_PLUGINS")
@@ -98,11 +101,24 @@ def environment(
     return near | kept | told
 
 
-def write_zero(folder: Path) -> Path:
-    """Write the adapter that changes nothing below `folder`, under the digest of its content, and return where it is."""
-    config = json.dumps(ZERO_CONFIG, sort_keys=True).encode()
-    place = folder / f"zero-{sha256(config + NO_TENSORS).hexdigest()[:16]}"
+def write_zero(folder: Path, base: Served) -> Path:
+    """Write the adapter that changes nothing of `base` below `folder`, under the digest of its content, and return where it is."""
+    path = next((path for last in USUAL for path in base.layers if path.endswith(f".{last}")), min(base.layers))
+    rows, columns = base.layers[path]
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [path.rpartition(".")[2]], "bias": "none"}
+    raw_config = json.dumps(config, sort_keys=True).encode()
+    header = {
+        f"{PREFIX}{path}.lora_A.weight": {"dtype": "F32", "shape": [1, columns], "data_offsets": [0, 4 * columns]},
+        f"{PREFIX}{path}.lora_B.weight": {
+            "dtype": "F32",
+            "shape": [rows, 1],
+            "data_offsets": [4 * columns, 4 * (columns + rows)],
+        },
+    }
+    raw_header = json.dumps(header).encode()
+    tensors = struct.pack("<Q", len(raw_header)) + raw_header + bytes(4 * (columns + rows))
+    place = folder / f"zero-{sha256(raw_config + tensors).hexdigest()[:16]}"
     place.mkdir(exist_ok=True)
-    (place / "adapter_config.json").write_bytes(config)
-    (place / "adapter_model.safetensors").write_bytes(NO_TENSORS)
+    (place / "adapter_config.json").write_bytes(raw_config)
+    (place / "adapter_model.safetensors").write_bytes(tensors)
     return place

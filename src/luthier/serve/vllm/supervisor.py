@@ -27,6 +27,7 @@ import httpx
 
 from luthier.core.errors import ConfigError, EngineError, ModelError
 from luthier.serve.vllm import checking, keeper
+from luthier.serve.vllm.checking import Served
 from luthier.serve.vllm.command import Place, command, environment, write_zero
 from luthier.serve.vllm.settings import PYTHON, VllmSettings
 
@@ -152,7 +153,7 @@ class Supervisor:
         self.found = await probe(self.settings.python)
         self.place.temporary.mkdir(mode=0o700, exist_ok=True)
         await self._describe_base()
-        zero = write_zero(self.place.folder) if self.is_cpu else None
+        zero = write_zero(self.place.folder, Served.read(self.place.base_file)) if self.is_cpu else None
         self._command = command(self.model, self.place, self.settings, self.max_rank, zero)
         self._environment = environment(self.place, self.settings, self.max_rank, self.key, self.registry)
         if not await self._launch():

@@ -5,7 +5,7 @@ import json
 import pytest
 from tests.engine_scene import save_peft_adapter
 from tests.served_adapters import put_nan, save_random_adapter
-from tests.unfit_adapters import KINDS, MAX_RANK, QV
+from tests.unfit_adapters import KINDS, MAX_RANK, QV, UNSOUND
 
 from luthier.adapt import detach
 from luthier.core.errors import AdapterFormatError, ModelError
@@ -48,7 +48,7 @@ def test_an_adapter_written_by_luthier_is_fit(base_model, served, tmp_path):
     assert check_for_vllm(folder, served, MAX_RANK) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *UNSOUND])
 def test_what_vllm_would_serve_wrongly_is_refused_with_the_reason(kind, unfit, served):
     folder, words = unfit[kind]
     reasons = check_for_vllm(folder, served, MAX_RANK)
@@ -56,7 +56,7 @@ def test_what_vllm_would_serve_wrongly_is_refused_with_the_reason(kind, unfit, s
 
 
 def test_the_kinds_above_are_all_kinds(unfit):
-    assert sorted(unfit) == sorted(KINDS)
+    assert sorted(unfit) == sorted([*KINDS, *UNSOUND])
 
 
 def test_all_reasons_are_told_at_once(base_model, served, tmp_path):

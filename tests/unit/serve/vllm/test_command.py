@@ -1,13 +1,12 @@
 """How vLLM is started: what stands on its command line and in its environment, and what does not."""
 
-import json
-import struct
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from luthier.core.errors import ConfigError
+from luthier.serve.vllm.checking import Served, check_for_vllm
 from luthier.serve.vllm.command import RAW_BASE, ZERO, Place, command, environment, write_zero
 from luthier.serve.vllm.plugin import is_reference
 from luthier.serve.vllm.settings import PYTHON, VllmSettings
@@ -60,14 +59,21 @@ def test_what_the_machine_says_of_its_addresses_counts(tmp_path):
     assert told["VLLM_HOST_IP"] == "10.0.0.7" and "LUTHIER_REGISTRY" not in told
 
 
-def test_the_adapter_that_changes_nothing_is_a_real_file_without_tensors(tmp_path):
-    folder = write_zero(tmp_path)
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        assert list(file.keys()) == []
-    raw = (folder / "adapter_model.safetensors").read_bytes()
-    assert struct.unpack("<Q", raw[:8])[0] == len(raw) - 8
-    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 1
-    assert write_zero(tmp_path) == folder  # the same content has the same place
+def test_the_adapter_that_changes_nothing_is_a_real_one_of_zeros(served, tmp_path):
+    folder = write_zero(tmp_path, served)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
+        "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight": (1, 48),
+        "base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight": (48, 1),
+    }
+    assert not any(tensor.any() for tensor in tensors.values())
+    assert check_for_vllm(folder, served, 1) == []
+    assert write_zero(tmp_path, served) == folder  # the same content has the same place
+
+
+def test_of_an_unusual_base_it_takes_any_layer(tmp_path):
+    folder = write_zero(tmp_path, Served({}, {"h.1.mixer": (3, 5), "h.0.mixer": (3, 5)}))
+    assert "base_model.model.h.0.mixer.lora_A.weight" in load_file(folder / "adapter_model.safetensors")
 
 
 def test_settings_that_cannot_be_are_refused():
