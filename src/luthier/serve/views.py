@@ -167,6 +167,6 @@ def local_view(key: str, base: str, adapters: Iterable[str]) -> ServingView:
     """Return the view of a gateway without a registry: one tenant, one key that may do everything, folders by name."""
     caller = Caller(0, LOCAL, 0, LOCAL, frozenset({Scope.INFERENCE, Scope.ADMIN}))
     moment = datetime.now(UTC)
-    names: dict[str, Target] = {base: BaseTarget(base, moment)}
-    names |= {name: VersionTarget(name, created_at=moment) for name in adapters}
+    named = {name: VersionTarget(name, created_at=moment) for name in adapters}
+    names: dict[str, Target] = {base: BaseTarget(base, moment), **named}
     return ServingView(0, {digest_of_key(key): caller}, {0: names}, {0: tuple(names)})
