@@ -14,6 +14,8 @@ from luthier.registry.place import Registry
 from luthier.registry.registering import lineage_of
 from luthier.registry.schema import Adapter, AdapterFile, AdapterVersion, BaseModel, Blob
 from luthier.registry.surfaces import add_surface, approve, find_surface
+from luthier.registry.tenancy import GrantKind, Scope
+from luthier.registry.tenants import add_tenant, find_tenant, grant, issue_key
 from luthier.registry.versions import find_version, name_of
 
 POLICY = "a" * 64
@@ -29,12 +31,14 @@ def add_base(registry: Registry, name: str = "tiny", *, fingerprint: dict[str, A
     return digest
 
 
-def add_version(registry: Registry, adapter: str = "orders", *, base: str | None = "tiny", by: str = "ada") -> str:
-    """Add a version with a file of its own bytes and return its name."""
+def add_version(
+    registry: Registry, adapter: str = "orders", *, base: str | None = "tiny", by: str = "ada", tenant: str | None = None
+) -> str:
+    """Add a version with a file of its own bytes and return its name; `tenant` is whose adapter it is, where it is new."""
     with registry.database.writing() as session:
         line = session.scalar(select(Adapter).where(Adapter.name == adapter))
         if line is None:
-            session.add(line := Adapter(name=adapter, owner="team", next_version=1, created_by=by))
+            session.add(line := Adapter(name=adapter, owner="team", tenant=tenant, next_version=1, created_by=by))
             session.flush()
         digest, size = registry.blobs.put_bytes(f"{adapter} {line.next_version}".encode())
         files = [FileEntry("adapter_model.safetensors", size, digest)]
@@ -105,3 +109,18 @@ def ready_version(registry: Registry, surface: str = "shop", adapter: str = "ord
     judge(registry, version)
     approve_by(registry, version, surface, "bob", "cem")
     return version
+
+
+def tenant_for(registry: Registry, name: str = "acme", *grants: tuple[str, str]) -> int:
+    """Add a tenant that was granted these pairs of a kind and a target, and return its id."""
+    with registry.database.writing() as session:
+        tenant = add_tenant(session, name, actor="ada")
+        for kind, target in grants:
+            grant(session, tenant, GrantKind(kind), target, actor="ada")
+        return tenant.id
+
+
+def key_for(registry: Registry, tenant: str = "acme", name: str = "ci", *scopes: Scope, **more: Any) -> str:
+    """Make a key of a tenant (scope: inference, if none is given) and return it."""
+    with registry.database.writing() as session:
+        return issue_key(session, find_tenant(session, tenant), name, scopes or [Scope.INFERENCE], actor="ada", **more)[1]

@@ -141,6 +141,19 @@ def test_serve_many_runs_tiny(root: Path, folder: Path) -> None:
     assert 0 <= result["tenants"]["quiet_share_of_tokens"] <= 1
 
 
+def test_serve_soak_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--clients", "6", "--minutes", "0.1", "--adapters", "2", "--prompts", "3", "--tokens", "8", "--threads", "1")
+    result = result_of(root, folder, "serve_soak.py", *size, "--rounds", "1", "--cost-requests", "6")
+    soak = result["soak"]
+    assert soak["wrong"] == {} and soak["errors"] == {}
+    assert soak["requests"] == sum(soak["ended"].values()) > 20
+    assert soak["ended"]["left"] > 0 and soak["models"] == 3
+    assert not any(result["left_over"].values())
+    assert result["different_answers"] > 1 / 3  # or an answer of the wrong adapter would not be seen
+    assert set(soak["memory_mib"]) == {"at_20", "at_100"}
+    assert result["cost"]["gateway_of_engine_cpu"] > 0 and result["cost"]["http_of_direct_speed"] > 0
+
+
 @pytest.mark.slow
 def test_adapter_cycles_run_tiny(root: Path, folder: Path) -> None:
     size = ("--cycles", "9", "--settle", "2", "--every", "3", "--adapters", "2", "--dtype", "float32", "--threads", "1")
@@ -265,6 +278,15 @@ def test_registry_questions_run_tiny(root: Path, folder: Path) -> None:
             # PostgreSQL may read small tables whole where the answer is a tenth of them, but never to walk.
             assert one["scans"] == [] or (kind, question) == ("postgresql", "in production for customers")
         assert by_size["200"]["trained on a person's rows"]["rows"] > 0
+
+
+def test_serving_view_runs_tiny(root: Path, folder: Path) -> None:
+    result = result_of(root, folder, "serving_view.py", "--versions", "100", "--tenants", "4", "--repeats", "2")
+    kinds = ("sqlite", "postgresql") if postgres_programs() else ("sqlite",)
+    for kind in kinds:
+        assert all(value > 0 for value in result[kind].values())
+        # A hundred versions for each of four tenants, and what is called by an alias; the other view has a part of them.
+        assert 400 < result[kind]["names_of_all"] < 500 and result[kind]["names"] < 400
 
 
 @pytest.mark.slow

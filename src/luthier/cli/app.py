@@ -8,6 +8,8 @@ import typer
 
 from luthier.cli import (
     baseline,
+    bench_serve,
+    chat,
     contamination,
     evaluate,
     gate,
@@ -19,6 +21,8 @@ from luthier.cli import (
     plan,
     quickstart,
     registry,
+    serve,
+    tenants,
     train,
     truncate,
 )
@@ -49,8 +53,12 @@ app.command("truncate")(truncate.truncate)
 app.command("baseline")(baseline.baseline)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
+app.command("bench-serve")(bench_serve.bench_serve)
 app.add_typer(models.app, name="models")
 app.add_typer(registry.registry_app, name="registry")
+app.add_typer(tenants.tenants_app, name="tenants")
 
 
 @app.callback(invoke_without_command=True)
@@ -70,7 +78,9 @@ def main() -> None:
     """Run the command line. Exit status: 0 done, 1 it failed, 2 it was asked wrongly, 130 interrupted."""
     # Before torch is loaded: OpenMP threads that spin while they wait for each other take the processor from whatever else
     # runs. On a busy two-core machine a training step took three to seven times as long with them.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # `serve` decides for its engine, which costs a third to a half of its speed so (docs/lab-notes.md) and has idle moments.
+    if sys.argv[1:2] != ["serve"]:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     as_json = "--json" in sys.argv
     try:
         status = app(prog_name="luthier", standalone_mode=False) or 0

@@ -45,11 +45,12 @@ def add(
     from luthier.registry.registering import About
     from luthier.registry.runs import register_run
 
+    store = opened(registry, create=True)
     done = register_run(
-        opened(registry, create=True),
+        store,
         folder,
         name=name,
-        actor=caller(actor),
+        actor=caller(store, actor, "register"),
         owner=owner,
         tenant=tenant,
         datasets=[_pair(named, "train") for named in data],

@@ -53,9 +53,9 @@ def add(
     terms = Terms(owner, license, legal_basis, purpose, special_category, until)
     column = SubjectColumn(subjects, make_key(key_path(subject_key))) if subjects else None
     parents = [_parent(one) for one in parent]
-    database = opened(registry, create=True).database
+    store = opened(registry, create=True)
     how: dict[str, Any] = {"parents": parents, "subjects": column, "held_out": held_out}
-    added = add_data(database, name, source, terms, actor=caller(actor), **how)
+    added = add_data(store.database, name, source, terms, actor=caller(store, actor, "register"), **how)
     rows = "" if added.num_rows is None else f", {added.num_rows:,} rows"
     people = f" of {added.num_subjects:,} people" if subjects else ""
     console.print(f"{added.name}:{added.version} {'added' if added.is_new else 'was there'}{rows}{people}; digest {added.digest}")
@@ -123,7 +123,8 @@ def subjects(
     from luthier.registry.people import SubjectColumn, make_key
 
     chosen = SubjectColumn(column, make_key(key_path(subject_key)))
-    count = add_subjects(opened(registry).database, name, source, chosen, actor=caller(actor))
+    store = opened(registry)
+    count = add_subjects(store.database, name, source, chosen, actor=caller(store, actor, "register"))
     console.print(f"{name}: {count:,} people indexed")
     if as_json:
         print_json({"name": name, "num_subjects": count})

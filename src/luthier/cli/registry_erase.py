@@ -96,7 +96,7 @@ def begin(
     store = opened(registry)
     target = _target(store, dataset, subject, subject_key)
     due_at = due and due.replace(tzinfo=UTC)
-    number = start(store, target, actor=caller(actor), reference=reference, due_at=due_at, who=subject or "")
+    number = start(store, target, actor=caller(store, actor, "admin"), reference=reference, due_at=due_at, who=subject or "")
     _show(store, number, console, as_json)
     console.print(f"Decide on versions that are not simply erased, then: luthier registry erase resume {number}")
 
@@ -119,7 +119,8 @@ def decide(
     if decision not in list(Decision):
         raise ConfigError(f"the decision is {decision!r}; needed one of {', '.join(Decision)}")
     words = {"reason": reason, "approver": approver, "replacement": replacement}
-    note(opened(registry), number, version, Decision(decision), actor=caller(actor), **words)
+    store = opened(registry)
+    note(store, number, version, Decision(decision), actor=caller(store, actor, "admin"), **words)
 
 
 @erase_app.command("resume")
@@ -135,7 +136,7 @@ def go_on(
     from luthier.registry.erasing.machine import resume
 
     store = opened(registry)
-    resume(store, number, actor=caller(actor), assume_acknowledged=assume_acknowledged)
+    resume(store, number, actor=caller(store, actor, "admin"), assume_acknowledged=assume_acknowledged)
     _show(store, number, console, as_json)
     console.print(f"Sign it with: luthier registry erase certificate {number} --key FILE")
 
@@ -185,7 +186,7 @@ def certificate(
     if not envelope:
         if key is None:
             raise ConfigError("name the key that signs with --key")
-        envelope = certify(store, number, read_key(key), actor=caller(actor))
+        envelope = certify(store, number, read_key(key), actor=caller(store, actor, "admin"))
     if out is None:
         print_json(envelope)
     else:

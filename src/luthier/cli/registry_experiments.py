@@ -45,7 +45,8 @@ def start(
     if metric is not None and worse_by is not None:
         watched = Guardrail(metric=metric, worse_by=worse_by, higher_is_better=not lower_is_better, exposures=exposures)
     store = opened(registry)
-    start_experiment(store, surface, name, _weights(arm), actor=caller(actor), unit=unit, guardrail=watched, keys=_keys())
+    who = caller(store, actor, "promote")
+    start_experiment(store, surface, name, _weights(arm), actor=who, unit=unit, guardrail=watched, keys=_keys())
     _show(store, surface, name, as_json)
 
 
@@ -61,7 +62,7 @@ def weights(
     from luthier.registry.experiments import change_weights
 
     store = opened(registry)
-    changed = change_weights(store, surface, _weights(arm), actor=caller(actor), keys=_keys())
+    changed = change_weights(store, surface, _weights(arm), actor=caller(store, actor, "promote"), keys=_keys())
     _show(store, surface, changed.name, as_json)
 
 
@@ -78,9 +79,10 @@ def stop(
     from luthier.registry.surfaces import find_surface
 
     store = opened(registry)
+    who = caller(store, actor, "promote")
     with store.database.writing() as session:
         experiment = find_experiment(session, find_surface(session, surface))
-        stop_experiment(session, experiment, actor=caller(actor), reason=reason)
+        stop_experiment(session, experiment, actor=who, reason=reason)
     _show(store, surface, experiment.name, as_json)
 
 
@@ -103,6 +105,7 @@ def count(
     if min(counts.values()) < 0:
         raise ConfigError("--seen adds; a count cannot be below 0")
     store = opened(registry)
+    caller(store, None, "promote")  # sums have no author, but who may stop an experiment may also count for it
     with store.database.writing() as session:
         experiment = find_experiment(session, find_surface(session, surface))
         for arm, units in counts.items():
@@ -127,10 +130,11 @@ def check(
 
     means = _by_arm("--measured", measured, float, "NAME:VERSION=MEAN, such as orders:4=0.82")
     store = opened(registry)
+    who = caller(store, actor, "promote")
     with store.database.writing() as session:
         experiment = find_experiment(session, find_surface(session, surface))
         named = {name_of(find_version(session, arm)): mean for arm, mean in means.items()}
-        why = check_guardrail(session, experiment, named, actor=caller(actor))
+        why = check_guardrail(session, experiment, named, actor=who)
     _show(store, surface, experiment.name, as_json, stopped=why)
     raise typer.Exit(why is not None)
 

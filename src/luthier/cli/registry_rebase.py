@@ -45,7 +45,8 @@ def rebase(
     from luthier.registry.rebase import check_new_base, plan_rebase
     from luthier.registry.rebase import rebase as carry_out
 
-    store, who = opened(registry), caller(actor)
+    store = opened(registry)
+    who = caller(store, actor, "register") if run else ""
     judge = _judge(store, suite, policy, limit, who, {"batch_tokens": batch_tokens, "console": console}) if suite else None
     with store.database.reading() as session:
         plan = plan_rebase(session, old)

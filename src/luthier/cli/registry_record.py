@@ -92,9 +92,11 @@ def sign(
     from luthier.registry.versions import find_version, name_of
 
     private = read_key(key)
-    with opened(registry).database.writing() as session:
+    store = opened(registry)
+    who = caller(store, actor, "register")
+    with store.database.writing() as session:
         chosen = find_version(session, version)
-        envelope = seal(session, chosen, private, actor=caller(actor))
+        envelope = seal(session, chosen, private, actor=who)
         name = name_of(chosen)
     signer = envelope["signatures"][0]["keyid"]
     print_json({"version": name, "envelope": envelope}) if as_json else console.print(

@@ -31,7 +31,8 @@ def gate(
     console = make_console(as_json)
     from luthier.registry.decisions import record_gate
 
-    decision = record_gate(opened(registry), version, _read(report), actor=caller(actor), base=base)
+    store = opened(registry)
+    decision = record_gate(store, version, _read(report), actor=caller(store, actor, "register"), base=base)
     told = {"version": version, "verdict": decision.verdict, "policy": decision.policy, "report": decision.report_digest}
     print_json(told) if as_json else console.print(f"{version}: {decision.verdict} under {decision.policy}")
 
@@ -52,7 +53,8 @@ def scores(
         found = json.loads(_read(file))
     except ValueError as error:
         raise RegistryError(f"{file} is not JSON: {error}") from error
-    run = record_eval(opened(registry), version, found, actor=caller(actor), base=base)
+    store = opened(registry)
+    run = record_eval(store, version, found, actor=caller(store, actor, "register"), base=base)
     told = {"version": version, "suite": run.suite, "metrics": run.metrics, "scores": run.scores_digest}
     print_json(told) if as_json else console.print(f"{version}: {run.suite} {run.metrics}", highlight=False)
 
@@ -85,7 +87,7 @@ def promote(
                 console.print(f"{one.rule}: {one.what}", highlight=False, soft_wrap=True)
             console.print(f"{len(found.unmet)} not met" if found.unmet else "every rule is met")
         raise typer.Exit(bool(found.unmet))
-    who = caller(actor)
+    who = caller(store, actor, "promote")
     change = go(store, version, surface, actor=who, expected_current=_expected(expect), force_reason=force, keys=keys)
     if as_json:
         print_json(change.as_dict())
@@ -108,7 +110,9 @@ def rollback(
     console = make_console(as_json)
     from luthier.registry.promotion import rollback as go
 
-    change = go(opened(registry), surface, actor=caller(actor), to=to, expected_current=_expected(expect), reason=reason)
+    store = opened(registry)
+    who = caller(store, actor, "promote")
+    change = go(store, surface, actor=who, to=to, expected_current=_expected(expect), reason=reason)
     print_json(change.as_dict()) if as_json else console.print(
         f"{change.version} serves {surface} again (before: {change.before})"
     )
@@ -126,9 +130,11 @@ def retire(
     from luthier.registry.retirement import retire as go
     from luthier.registry.versions import find_version, name_of
 
-    with opened(registry).database.writing() as session:
+    store = opened(registry)
+    who = caller(store, actor, "promote")
+    with store.database.writing() as session:
         chosen = find_version(session, version)
-        drained = go(session, chosen, actor=caller(actor), drain=drain)
+        drained = go(session, chosen, actor=who, drain=drain)
         name = name_of(chosen)
     told = f" (no longer on {', '.join(drained)})" if drained else ""
     print_json({"version": name, "drained": drained}) if as_json else console.print(f"{name} is retired{told}")

@@ -42,7 +42,7 @@ def export(
     from luthier.registry.exchange import export_folder, leave
 
     store = opened(registry)
-    facts = leave(store, reference, str(folder.absolute()), actor=caller(actor))
+    facts = leave(store, reference, str(folder.absolute()), actor=caller(store, actor, "register"))
     export_folder(facts, store.blobs, folder)
     console.print(f"{facts} is in {folder}", highlight=False, soft_wrap=True)
     if as_json:
@@ -64,7 +64,7 @@ def push(
     from luthier.registry.exchange import export_folder, leave, push_folder
 
     store = opened(registry)
-    facts = leave(store, reference, f"hub:{repo}", actor=caller(actor))
+    facts = leave(store, reference, f"hub:{repo}", actor=caller(store, actor, "register"))
     with TemporaryDirectory() as scratch:
         folder = export_folder(facts, store.blobs, Path(scratch) / "adapter")
         url = push_folder(folder, repo, message=str(facts), private=not public)

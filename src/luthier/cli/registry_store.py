@@ -68,7 +68,9 @@ def gc(
     console = make_console(as_json)
     from luthier.registry.sweeping import sweep
 
-    done = sweep(opened(registry), actor=caller(actor), grace=timedelta(hours=grace_hours), dry_run=dry_run)
+    store = opened(registry)
+    who = "" if dry_run else caller(store, actor, "admin")
+    done = sweep(store, actor=who, grace=timedelta(hours=grace_hours), dry_run=dry_run)
     verb = "would remove" if done.is_dry_run else "removed"
     console.print(f"{verb} {len(done.blobs)} blobs and {len(done.leftovers)} unfinished files, {done.num_bytes / 1e6:,.1f} MB")
     if as_json:

@@ -35,8 +35,9 @@ def add_surface(
     console = make_console(as_json)
     from luthier.registry.surfaces import add_surface as add
 
-    with opened(registry, create=True).database.writing() as session:
-        who = caller(actor)
+    store = opened(registry, create=True)
+    who = caller(store, actor, "promote")
+    with store.database.writing() as session:
         surface = add(session, name, audience_of(audience), owner=owner or who, actor=who, rules=_rules(rule))
         told = {"surface": surface.name, "audience": surface.audience, "owner": surface.owner, "rules": surface.rules}
         rules = _told(surface.rules)
@@ -57,8 +58,10 @@ def set_rules(
 
     if not rule:
         raise ConfigError("nothing to change; say what with --rule NAME=VALUE")
-    with opened(registry).database.writing() as session:
-        rules = change_rules(session, find_surface(session, name), _rules(rule), actor=caller(actor)).model_dump()
+    store = opened(registry)
+    who = caller(store, actor, "promote")
+    with store.database.writing() as session:
+        rules = change_rules(session, find_surface(session, name), _rules(rule), actor=who).model_dump()
     print_json({"surface": name, "rules": rules}) if as_json else console.print(f"{name}: {_told(rules)}", highlight=False)
 
 
@@ -96,10 +99,11 @@ def approve(
     from luthier.registry.surfaces import find_surface
     from luthier.registry.versions import find_version, name_of
 
-    with opened(registry).database.writing() as session:
+    store = opened(registry)
+    who = caller(store, actor, "approve")
+    with store.database.writing() as session:
         chosen = find_version(session, version)
         place = find_surface(session, surface) if surface else None
-        who = caller(actor)
         word(session, chosen, place, actor=who, role=role, is_granted=not reject, comment=comment)
         told = {"version": name_of(chosen), "surface": surface, "actor": who, "is_granted": not reject}
     verb = "objects to" if reject else "approves"
@@ -129,12 +133,14 @@ def _held(version: str, reason: str | None, actor: str | None, registry: str | N
     from luthier.registry.surfaces import release as lift
     from luthier.registry.versions import find_version, name_of
 
-    with opened(registry).database.writing() as session:
+    store = opened(registry)
+    who = caller(store, actor, "promote")
+    with store.database.writing() as session:
         chosen = find_version(session, version)
         if reason is None:
-            lift(session, chosen, actor=caller(actor))
+            lift(session, chosen, actor=who)
         else:
-            lay(session, chosen, reason, actor=caller(actor))
+            lay(session, chosen, reason, actor=who)
         name = name_of(chosen)
         serves = [one.surface for one in in_production(session, adapter=chosen.adapter.name) if one.version == chosen.version]
     if as_json:

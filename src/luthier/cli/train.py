@@ -116,15 +116,16 @@ def _check_registering(name: str | None, owner: str | None, registry: str | None
     from luthier.registry.registering import check_name
 
     check_name(name)
-    opened(registry, create=True)
+    caller(opened(registry, create=True), None, "register")
 
 
 def _register(run: str, name: str, owner: str | None, registry: str | None, console: "Console") -> str:
     from luthier.registry.runs import register_run
 
-    actor = caller(None)
     try:
-        done = register_run(opened(registry), run, name=name, actor=actor, owner=owner, default_owner=actor)
+        store = opened(registry)
+        actor = caller(store, None, "register")
+        done = register_run(store, run, name=name, actor=actor, owner=owner, default_owner=actor)
     except LuthierError:
         console.print(f"The run is finished and safe. To register it: luthier registry add {run} --name {name}", soft_wrap=True)
         raise

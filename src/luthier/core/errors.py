@@ -17,6 +17,7 @@
     ├── RequestError(ValueError)         a request can never be served: too long, too many adapters, an id twice
     ├── EngineError(RuntimeError)        the engine is closed, or an answer cannot go on
     ├── QueueFullError(RuntimeError)     too many requests wait; try again later (HTTP's 429)
+    ├── RemoteError(RuntimeError)        a server that was asked refuses, or does not answer
     ├── RegistryError(ValueError)        the registry has no such thing, or cannot be opened
     │   ├── RefusedError                 a rule of the registry says no: held, retired, frozen, blocked, no gate
     │   └── BlobError                    stored bytes are missing, or are not those that were stored
@@ -107,6 +108,14 @@ class QueueFullError(LuthierError, RuntimeError):
         super().__init__(f"{queue} is full: {waiting} requests wait, {limit} may. Try again later, or raise the limit")
         self.waiting = waiting
         self.limit = limit
+
+
+class RemoteError(LuthierError, RuntimeError):
+    """A server that was asked refuses (`status` is HTTP's) or does not answer (`status` is None)."""
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
 
 
 class RegistryError(LuthierError, ValueError):

@@ -1,4 +1,4 @@
-"""A request on its way through the engine: what its caller holds, and what the engine carries along."""
+"""A request on its way through the engine: what its caller holds, and what the engine carries along. Loads no torch."""
 
 import logging
 import time
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.engine.drawing import RowDraw
 from luthier.engine.requests import Completion, FinishReason, Mix, Sampling, TokenLogprob
 from luthier.engine.text import TextStream
 from luthier.models.pooling import PoolingKind
 
 if TYPE_CHECKING:
     from luthier.engine.adapters import AdapterWeights
+    from luthier.engine.drawing import RowDraw
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Job:
     names: dict[str, float]
     tenant: str
     sampling: Sampling
-    row: RowDraw
+    row: "RowDraw"
     text: TextStream | None
     targets: tuple[int, ...] | None = None
     pooling: PoolingKind | None = None
@@ -113,6 +113,7 @@ class Job:
     reached: int = 0
     is_open: bool = False
     taken_at: float = field(default_factory=time.monotonic)
+    opened_at: float | None = None
     first_at: float | None = None
 
     @property
@@ -155,6 +156,7 @@ class Job:
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached,
             logprobs=tuple(self.logprobs) if self.sampling.logprobs is not None or self.targets is not None else None,
+            queue_seconds=None if self.opened_at is None else self.opened_at - self.taken_at,
             first_token_seconds=None if self.first_at is None else self.first_at - self.taken_at,
             seconds=now - self.taken_at,
             error=None if error is None else str(error),

@@ -191,7 +191,7 @@ class EngineLoop:
                 log.exception("request %s cannot begin", job.id)
                 self._end(job, "error", error)
                 continue
-            job.is_open, job.cached = True, min(job.cached, job.reached)
+            job.is_open, job.cached, job.opened_at = True, min(job.cached, job.reached), time.monotonic()
             self.counts["cached_tokens"] += job.reached
 
     def _activate(self, key: str) -> None:

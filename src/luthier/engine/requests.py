@@ -79,7 +79,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `text` comes without the stop text, `token_ids` without the stop token; "length" means it was cut off."""
+    """An answer. `text` comes without the stop text, `token_ids` without the stop token; "length" means it was cut off.
+
+    Seconds count from when the request was taken: `queue_seconds` until its prompt began to be read.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -87,6 +90,7 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
+    queue_seconds: float | None = field(default=None, compare=False)
     first_token_seconds: float | None = field(default=None, compare=False)
     seconds: float | None = field(default=None, compare=False)
     error: str | None = None

@@ -30,6 +30,7 @@ from luthier.engine.text import TextStream
 from luthier.ops.prepacked import known_form
 
 if TYPE_CHECKING:
+    from luthier.formats.fingerprint import Fingerprint
     from luthier.models.pooling import Pooling
 
 GREEDY = Sampling()
@@ -48,8 +49,9 @@ Adapter = str | Mapping[str, float] | None
 class Engine:
     """Answers requests over one base model until `close`; also a context manager.
 
-    `limits.kv_tokens` bounds the tokens of all running requests, `prefix_bytes` what is kept of prompts seen before (0: nothing),
-    `adapter_bytes` the adapters in memory. A model of an architecture the engine does not know is served by its own forward.
+    `limits.kv_tokens` bounds the tokens of all running requests; limits in a dictionary may leave it to KV_BYTES. `prefix_bytes`
+    bounds what is kept of prompts seen before (0: nothing), `adapter_bytes` the adapters in memory. A model of an architecture
+    the engine does not know is served by its own forward.
     `form` is that of the base's weights: "float", "int8", "int4" or "nf4" (docs/engine.md). `reload` gives the base anew where
     an adapter has to be merged; without it those are refused. `pooling` is how hidden states become an embedding.
     Raises: ConfigError for a form that is not known, or that this model cannot have.
@@ -61,7 +63,7 @@ class Engine:
         tokenizer: Any,
         *,
         adapters: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
+        limits: Limits | Mapping[str, Any] | None = None,
         form: str = "float",
         prefix_bytes: int = PREFIX_BYTES,
         adapter_bytes: int = 2**30,
@@ -92,11 +94,11 @@ class Engine:
     def _constraints(self) -> Constraints:
         return Constraints(self.tokenizer, self._host.vocabulary, self._stop_ids)
 
-    def _with_room(self, limits: Limits | None) -> Limits:
+    def _with_room(self, limits: Limits | Mapping[str, Any] | None) -> Limits:
         runner, longest = self._host.runner, self._host.longest
-        if limits is None:
+        if not isinstance(limits, Limits):
             tokens = KV_BYTES // runner.kv.bytes_per_token() if isinstance(runner, Runner) else 8 * (longest or 4096)
-            limits = Limits(kv_tokens=tokens)
+            limits = Limits(**{"kv_tokens": tokens} | dict(limits or {}))
         known = limits.max_request_tokens
         return limits if longest is None else limits.changed(max_request_tokens=min(longest, known or longest))
 
@@ -110,7 +112,7 @@ class Engine:
         quantize: str = "none",
         form: str = "float",
         adapters: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
+        limits: Limits | Mapping[str, Any] | None = None,
         prefix_cache: bool = True,
         adapter_bytes: int = 2**30,
         registry: Any = None,
@@ -155,6 +157,11 @@ class Engine:
     def slow_because(self) -> str | None:
         """Why the model is served by its own forward, each request by itself; None where the engine has one for it."""
         return self._host.slow_because
+
+    @property
+    def fingerprint(self) -> "Fingerprint":
+        """Who the base is; adapters of another one are refused."""
+        return self._host.store.base.fingerprint
 
     @property
     def closed_because(self) -> str | None:

@@ -66,7 +66,9 @@ def load_model(
     model, packing = _read_model(path, choice, trust_remote_code, quantize)
     if progress is not None and packing is not None:
         progress(str(packing))
-    return LoadedModel(model.to(place).eval(), _read_tokenizer(path, trust_remote_code), path, known, choice, packing)
+    return LoadedModel(
+        model.to(place).eval(), read_tokenizer(path, trust_remote_code=trust_remote_code), path, known, choice, packing
+    )
 
 
 def base_config(model: "PreTrainedModel") -> dict[str, Any]:
@@ -139,7 +141,8 @@ def _is_packed(config: "PreTrainedConfig") -> bool:
     return isinstance(declared, dict) and bool(declared.get("load_in_4bit"))
 
 
-def _read_tokenizer(path: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer in a model's folder. Raises: ModelError."""
     from transformers import AutoTokenizer
 
     try:

@@ -94,7 +94,7 @@ def served_base(session: Session, version: AdapterVersion, rules: SurfaceRules) 
     served = session.scalars(select(BaseModel).where(BaseModel.fingerprint_digest == rules.base)).one()
     if own is None:
         return served, Comparison(BaseVerdict.UNKNOWN, "no base model was recorded for it")
-    recorded, here = _fingerprint(own), _fingerprint(served)
+    recorded, here = recorded_fingerprint(own), recorded_fingerprint(served)
     if recorded is None or here is None:
         compared = Comparison(BaseVerdict.UNKNOWN, "one of the two was registered without a whole fingerprint")
     else:
@@ -179,7 +179,8 @@ def _of_people(session: Session, version: AdapterVersion, surface: Surface, rule
     return unmet
 
 
-def _fingerprint(base: BaseModel) -> Fingerprint | None:
+def recorded_fingerprint(base: BaseModel) -> Fingerprint | None:
+    """Return the fingerprint of a base model, None if it was registered without a whole one."""
     try:
         return Fingerprint(**base.fingerprint)
     except ValidationError:

@@ -18,6 +18,7 @@ from luthier.registry.keeping import digests_in_use
 from luthier.registry.manifest import FileEntry, digest_of, manifest_of
 from luthier.registry.place import Registry
 from luthier.registry.schema import Adapter, AdapterVersion, Alias, Blob, Dataset, DatasetVersion
+from luthier.registry.schema_serving import Tenant, UsageEvent, UsageTotal
 from luthier.registry.versions import name_of
 
 
@@ -40,6 +41,7 @@ def examine_registry(registry: Registry) -> list[Finding]:
             *_gaps(session),
             *_wrong_aliases(session),
             *_broken_record(session),
+            *_wrong_sums(session),
             *_broken_file(session),
         ]
         used = digests_in_use(session)
@@ -107,6 +109,22 @@ def _wrong_aliases(session: Session) -> Iterator[Finding]:
 def _broken_record(session: Session) -> Iterator[Finding]:
     for fault in check_chain(session).faults:
         yield Finding("audit", f"event {fault.event_id}", fault.what)
+
+
+def _wrong_sums(session: Session) -> Iterator[Finding]:
+    """Usage that was counted twice, or not: the sums of a tenant's days against its events."""
+
+    def sums(table: Any, requests: Any) -> dict[int, tuple[int, ...]]:
+        tokens = (func.sum(table.prompt_tokens), func.sum(table.cached_tokens), func.sum(table.completion_tokens))
+        query = select(table.tenant_id, requests, *tokens).group_by(table.tenant_id)
+        return {tenant_id: tuple(map(int, counts)) for tenant_id, *counts in session.execute(query)}
+
+    told, counted = sums(UsageTotal, func.sum(UsageTotal.requests)), sums(UsageEvent, func.count())
+    for tenant in session.scalars(select(Tenant).order_by(Tenant.name)):
+        here, there = told.get(tenant.id, (0, 0, 0, 0)), counted.get(tenant.id, (0, 0, 0, 0))
+        if here != there:
+            what = "requests, tokens of prompts, of them cached, and of answers"
+            yield Finding("usage", tenant.name, f"the sums of its days are {here} ({what}), its events make {there}")
 
 
 def _broken_file(session: Session) -> Iterator[Finding]:

@@ -5,14 +5,18 @@ and be to the served base what the control is. An epoch is a time in which nothi
 change of arms or weights begins a new one, since counts under different weights say nothing together. The salt stays, so a unit
 keeps its arm wherever the ranges allow (split.py). Whatever goes wrong with an arm, its units see the control, never the bare
 base.
+
+Whoever serves counts units, each once in an epoch (`count_units`); the sums are what everybody reads. The units are kept as
+digests under the experiment's salt, for as long as their epoch lasts.
 """
 
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from luthier.core.errors import RefusedError, RegistryError, did_you_mean
@@ -20,9 +24,11 @@ from luthier.core.settings import Settings
 from luthier.registry.audit import record, text_digest
 from luthier.registry.columns import Lifecycle, now
 from luthier.registry.conditions import Unmet, damaged_files, served_base, unmet_conditions
+from luthier.registry.database import Database, add_new
 from luthier.registry.place import Registry
 from luthier.registry.promotion import current_deployment, deploy, open_deployments
 from luthier.registry.schema import AdapterVersion, Deployment, Experiment, Exposure, Surface
+from luthier.registry.schema_serving import ExposureUnit
 from luthier.registry.signing import PublicKeys
 from luthier.registry.split import MISMATCH_P, NUM_BUCKETS, Split, mismatch_p
 from luthier.registry.surfaces import SURFACE_CHANGED, announce, find_surface, rules_of, serving_lock
@@ -94,6 +100,7 @@ def change_weights(
         experiment = _running(session, place)
         control = session.get_one(AdapterVersion, experiment.guardrail["control"])
         shares = _checked_arms(session, place, control, weights, damaged, keys)
+        _forget_units(session, experiment)
         experiment.epoch += 1
         _share_out(session, experiment, shares, actor)
         _tell(session, "experiment.change", experiment, actor)
@@ -110,6 +117,7 @@ def stop_experiment(session: Session, experiment: Experiment, *, actor: str, rea
     control = session.get_one(AdapterVersion, experiment.guardrail["control"])
     deploy(session, control, surface, actor, forced_reason=_forced(session, experiment, control))
     experiment.ended_at = now()
+    _forget_units(session, experiment)
     _tell(session, "experiment.stop", experiment, actor, reason_digest=text_digest(reason) if reason else None)
     return control
 
@@ -155,6 +163,27 @@ def count_exposures(session: Session, experiment: Experiment, counts: Mapping[in
         changed = session.execute(update(Exposure).where(*row).values(count=Exposure.count + count).returning(Exposure.count))
         if changed.first() is None:
             raise RegistryError(f"version id {version_id} is no arm of {experiment.name!r} in epoch {experiment.epoch}")
+
+
+def count_units(database: Database, experiment_id: int, epoch: int, seen: Mapping[bytes, int]) -> int:
+    """Count units that saw an arm (`split.unit_digest` -> version id), each once in an epoch; return how many were new.
+
+    Whoever else counted a unit, here or in another gateway, before or after a restart: its first arm counts. Of an epoch that is
+    over nothing counts, and 0 is returned: there is nothing that whoever counted could put right.
+    Raises: RegistryError for what is no arm.
+    """
+    with database.writing() as session:
+        serving_lock(session)
+        experiment = session.get(Experiment, experiment_id)
+        if experiment is None or experiment.ended_at is not None or experiment.epoch != epoch:
+            return 0
+        rows = [
+            {"experiment_id": experiment_id, "epoch": epoch, "unit_digest": unit, "version_id": arm}
+            for unit, arm in sorted(seen.items())
+        ]
+        new = [unit for _, _, unit in add_new(session, ExposureUnit, rows)]
+        count_exposures(session, experiment, Counter(seen[unit] for unit in new), epoch=epoch)
+        return len(new)
 
 
 def route(session: Session, surface: Surface, unit: str) -> AdapterVersion:
@@ -294,6 +323,11 @@ def _share_out(session: Session, experiment: Experiment, shares: Mapping[int, in
         )
         session.add(Exposure(experiment_id=experiment.id, epoch=experiment.epoch, version_id=version_id, count=0))
     session.flush()
+
+
+def _forget_units(session: Session, experiment: Experiment) -> None:
+    """Their epoch ends, and with it what they were kept for; the sums stay."""
+    session.execute(delete(ExposureUnit).where(ExposureUnit.experiment_id == experiment.id))
 
 
 def _forced(session: Session, experiment: Experiment, version: AdapterVersion) -> str | None:

@@ -132,10 +132,12 @@ def _begins_as_pickle(path: Path) -> bool:
     """Whatever it is called: a pickle of protocol 2 or later, or a zip archive, as torch.save writes one."""
     try:
         with path.open("rb") as stream:
-            head = stream.read(4)
+            head = stream.read(9)
     except OSError:
         return False
-    return (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or head == b"PK\x03\x04"
+    if path.suffix == ".safetensors" and head[3:] == b"\0\0\0\0\0{":
+        return False  # its header's length, which may be 0x480 as well as any other
+    return (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or head.startswith(b"PK\x03\x04")
 
 
 def _strangers(folder: Path, paths: list[Path]) -> list[str]:

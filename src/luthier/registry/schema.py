@@ -5,7 +5,8 @@ that moves), a deployment (what a surface really serves, with its weight), and a
 is a question about open deployments, never a label. Versions, decisions and audit events are only added; numbers are never
 used twice. The columns that name people's data hold HMACs, never identifiers.
 
-Changing a table here needs a migration (`migrations/`); a test holds the two together.
+The tables of tenants and of what they use are in `schema_serving.py`. Changing a table needs a migration (`migrations/`); a test
+holds the two together.
 """
 
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
+import luthier.registry.schema_serving  # noqa: F401  (its tables are part of the one schema)
 from luthier.registry.columns import Audience, BlobState, DataState, Lifecycle, Row, Verdict, now
 
 # --- adapters ----------------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ class Deployment(Row):
 
 
 class Exposure(Row):
-    """How many units saw an arm of an experiment, by epoch. Sums only: no unit is kept."""
+    """How many units saw an arm of an experiment, by epoch. Sums; the units (ExposureUnit) live only as long as the epoch."""
 
     __tablename__ = "exposure"
 

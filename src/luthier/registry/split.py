@@ -19,9 +19,14 @@ MISMATCH_P = 0.001
 """Below this, shares that came about by chance are not believed. Small, since the check is looked at again and again."""
 
 
+def unit_digest(salt: str, unit: str) -> bytes:
+    """Return the 32 bytes that stand for a unit (a user, a session, a tenant) under a salt."""
+    return hashlib.sha256(f"{salt}:{unit}".encode()).digest()
+
+
 def bucket_of(salt: str, unit: str) -> int:
-    """Return the bucket of a unit (a user, a session, a tenant), 0 to 9,999."""
-    return int.from_bytes(hashlib.sha256(f"{salt}:{unit}".encode()).digest()[:8], "big") % NUM_BUCKETS
+    """Return the bucket of a unit, 0 to 9,999."""
+    return int.from_bytes(unit_digest(salt, unit)[:8], "big") % NUM_BUCKETS
 
 
 @dataclass(frozen=True)

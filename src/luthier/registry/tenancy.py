@@ -27,6 +27,19 @@ class Scope(enum.StrEnum):
     APPROVE = "approve"
 
 
+GOVERNING = frozenset({Scope.REGISTER, Scope.PROMOTE, Scope.APPROVE})
+"""Scopes that change what may go out. Once a key has one of them, the registry asks for keys (tenants.py)."""
+
+
+class GrantKind(enum.StrEnum):
+    """What a tenant may be granted."""
+
+    ADAPTER = "adapter"  # all its versions, and its aliases
+    VERSION = "version"
+    SURFACE = "surface"
+    BASE = "base"
+
+
 class Quotas(Settings):
     """What a tenant may use up; None: as much as it likes."""
 

@@ -3,7 +3,7 @@
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -17,10 +17,15 @@ from luthier.core.errors import LuthierError
 from luthier.serve.answers import ClientLeftError
 from luthier.serve.errors import ApiError, server_fault
 from luthier.serve.gateway import Gateway, refusal_of
+from luthier.serve.limits import told
+from luthier.serve.logs import log_request
+from luthier.serve.observing import Observing, Reader, observed
 from luthier.serve.routing import describe, refusal_of_body
 
 log = logging.getLogger(__name__)
 
+REFUSED = frozenset({b"retry-after"})
+"""A refusal says by itself what is left."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 CLIENT_LEFT = 499
 """nginx's status for it; nobody gets to see it but the log."""
@@ -30,25 +35,29 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def make_app(gateway: Gateway) -> FastAPI:
-    """Return the gateway's app. It starts and stops the backend with its own life."""
+def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
+    """Return the gateway's app. It starts and stops the gateway, and with it the backend, with its own life.
+
+    `readers` get the notes of each request that is over, beside the metrics and the log.
+    """
     from luthier import __version__
-    from luthier.serve import chat, completions, embeddings, models
+    from luthier.serve import admin, chat, completions, embeddings, feedback, governance, health, metrics, models
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        await gateway.backend.start()
+        await gateway.start()
         try:
             yield
         finally:
-            await gateway.backend.close()
-            gateway.prompts.close()
+            await gateway.close()
 
     told = "/openapi.json" if gateway.settings.docs else None  # without it there are no pages either
     app = FastAPI(title="luthier", version=__version__, lifespan=life, openapi_url=told)
-    app.state.gateway = gateway
-    for routes in (models, chat, completions, embeddings):
+    app.state.gateway, app.state.metrics = gateway, metrics.Metrics(view_age=gateway.views.age)
+    for routes in (models, chat, completions, embeddings, feedback, health, admin, metrics):
         app.include_router(routes.router)
+    app.include_router(governance.promoting)
+    app.include_router(governance.approving)
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(LuthierError, _failed_on_purpose)
@@ -57,6 +66,9 @@ def make_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(ClientLeftError, _nobody)
     app.add_middleware(BodyLimit, max_bytes=gateway.settings.max_body_bytes)
     app.add_middleware(RequestIds)
+    app.add_middleware(RateHeaders)
+    decode = partial(gateway.tokenizer.decode, skip_special_tokens=False) if gateway.settings.log_prompts else None
+    app.add_middleware(Observing, readers=(app.state.metrics.observe, partial(log_request, decode=decode), *readers))
     return app
 
 
@@ -101,6 +113,32 @@ class RequestIds:
                 await JSONResponse(server_fault().body(), 500)(scope, receive, marked)
 
 
+class RateHeaders:
+    """ASGI middleware: an answer that was let in by limits says how much of them is left."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        left: dict[str, str] = {}
+        token = told.set(left)
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start" and left and not any(name in REFUSED for name, _ in message["headers"]):
+                headers = [(name.encode(), value.encode()) for name, value in left.items()]
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, marked)
+        finally:
+            told.reset(token)
+
+
 class BodyLimit:
     """ASGI middleware: a body above the limit is refused with 413, whether its length was told or not."""
 
@@ -132,12 +170,14 @@ class BodyLimit:
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    observed().error = error.code or error.type
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
 async def _failed_on_purpose(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LuthierError)
     refusal = refusal_of(error)
+    observed().error = type(error).__name__
     if refusal.status == 500:
         log.error("a request failed", exc_info=error)
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)

@@ -9,13 +9,13 @@ version; the backend loads it when it is first asked for.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier.core.errors import AdapterStateError
-from luthier.engine.jobs import Event
+from luthier.engine.jobs import Event, Handle
 from luthier.engine.requests import Sampling
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Backend(Protocol):
         """Let an adapter go once its requests are done; returns when its memory has been given back."""
 
     async def stats(self) -> Mapping[str, Any]:
-        """Return figures for metrics, as `Engine.stats` does."""
+        """Return the figures of `Engine.stats` as plain data (what is a dataclass there is a dictionary here)."""
         ...
 
 
@@ -90,6 +90,14 @@ class EngineBackend:
         """Return how many tokens a prompt and its answer may have together."""
         limits = self.engine.limits
         return min(limits.kv_tokens, limits.max_request_tokens or limits.kv_tokens)
+
+    def submit(self, ask: Ask, on_event: Callable[[Event], None]) -> Handle:
+        """Take a request without asyncio: `on_event` is called in the engine's thread. Raises: what `Engine.submit` raises."""
+        if ask.adapter is not None:
+            self._know(ask.adapter)
+        return self.engine.submit(
+            ask.prompt_ids, adapter=ask.adapter, sampling=ask.sampling, tenant=ask.tenant, on_event=on_event
+        )
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Yield the answer as it is made."""
@@ -121,7 +129,11 @@ class EngineBackend:
 
     async def stats(self) -> Mapping[str, Any]:
         """Return the engine's figures."""
-        return self.engine.stats()
+        figures = self.engine.stats()
+        return {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in figures.items()
+        }
 
     def _know(self, reference: str) -> None:
         if not self.engine.knows(reference):

@@ -22,7 +22,7 @@ from luthier.serve.chat_bodies import (
     ObjectFormat,
     SchemaFormat,
 )
-from luthier.serve.generating import Head, answers, room_for, usage_of
+from luthier.serve.generating import Head, answers, room_for, routed, usage_of
 from luthier.serve.routing import CallerOf, GatewayOf, KeyFirstRoute, refusals
 from luthier.serve.tokens import TokenTexts
 from luthier.serve.tools import CallFormat, grammar_of
@@ -34,7 +34,7 @@ ANSWERS = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}
 @router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True, responses=ANSWERS)
 async def chat(body: ChatBody, request: Request, caller: CallerOf, gateway: GatewayOf) -> Response:
     """Answer a chat."""
-    route = gateway.route(caller, body.model, unit=body.user or body.safety_identifier)
+    route = routed(gateway, caller, request, body.model, body.user or body.safety_identifier)
     prompt, form = await gateway.prompts.chat(body.messages, body.usable_tools)
     longest = room_for(
         body.max_completion_tokens or body.max_tokens,
@@ -45,8 +45,8 @@ async def chat(body: ChatBody, request: Request, caller: CallerOf, gateway: Gate
     )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     samplings = body.samplings(longest, logprobs, _constraint(body, form))
-    source = answers(gateway, caller, route, [prompt], samplings)
     head = Head.of("chatcmpl", gateway, route)
+    source = answers(gateway, caller, route, [prompt], samplings, head.id)
     readers = [AnswerReader(body, form, gateway.prompts.texts) for _ in samplings]
     if body.stream:
         parts = await begun(source, request.receive)

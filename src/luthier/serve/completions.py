@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from luthier.engine.requests import Completion, TokenLogprob
 from luthier.serve.answers import EventStream, Part, begun, completions, unless_left
 from luthier.serve.bodies import MOST_ANSWERS, Asked, TokenId, Usage
-from luthier.serve.generating import Head, answers, room_for, usage_of
+from luthier.serve.generating import Head, answers, room_for, routed, usage_of
 from luthier.serve.prompts import Prompts
 from luthier.serve.routing import CallerOf, GatewayOf, KeyFirstRoute, refusals
 from luthier.serve.tokens import TokenTexts
@@ -91,13 +91,13 @@ async def ids_of(prompts: Prompts, given: Input) -> list[tuple[int, ...]]:
 @router.post("/v1/completions", response_model=TextCompletion, responses=ANSWERS)
 async def complete(body: CompletionBody, request: Request, caller: CallerOf, gateway: GatewayOf) -> Response:
     """Continue texts."""
-    route = gateway.route(caller, body.model, unit=body.user)
+    route = routed(gateway, caller, request, body.model, body.user)
     prompts = await ids_of(gateway.prompts, body.prompt)
     longest = room_for(body.max_tokens, DEFAULT_MAX_TOKENS, prompts, await gateway.backend.room(), "prompt")
     constraint = None if body.structured_outputs is None else body.structured_outputs.constraint()
     samplings = body.samplings(longest, body.logprobs, constraint)
-    source = answers(gateway, caller, route, prompts, samplings)
     head = Head.of("cmpl", gateway, route)
+    source = answers(gateway, caller, route, prompts, samplings, head.id)
     texts = gateway.prompts.texts
     if body.stream:
         parts = await begun(source, request.receive)

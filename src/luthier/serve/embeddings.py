@@ -12,7 +12,7 @@ from luthier.serve.answers import unless_left
 from luthier.serve.bodies import Body
 from luthier.serve.completions import Input, ids_of
 from luthier.serve.errors import ApiError
-from luthier.serve.generating import Head, room_for
+from luthier.serve.generating import Head, room_for, routed
 from luthier.serve.routing import CallerOf, GatewayOf, KeyFirstRoute, refusals
 
 router = APIRouter(route_class=KeyFirstRoute)
@@ -57,10 +57,11 @@ class EmbeddingList(BaseModel):
 @router.post("/v1/embeddings", response_model=EmbeddingList, responses=refusals(404, 409, 413))
 async def embed(body: EmbeddingBody, request: Request, caller: CallerOf, gateway: GatewayOf) -> Response:
     """Return the vectors of texts."""
-    route = gateway.route(caller, body.model, unit=body.user)
+    route = routed(gateway, caller, request, body.model, body.user)
+    head = Head.of("emb", gateway, route)
     rows = await ids_of(gateway.prompts, body.input)
     room_for(None, 1, rows, await gateway.backend.room() + 1, "input")  # nothing is added to them
-    vectors = await unless_left(request.receive, gateway.embed(caller, route, rows))
+    vectors = await unless_left(request.receive, gateway.embed(caller, route, rows, request_id=head.id))
     width = len(vectors[0])
     if body.dimensions not in (None, width):
         raise ApiError(
@@ -79,7 +80,7 @@ async def embed(body: EmbeddingBody, request: Request, caller: CallerOf, gateway
         model=route.model,
         usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
     )
-    return JSONResponse(answer.model_dump(), headers=Head.of("emb", gateway, route).headers)
+    return JSONResponse(answer.model_dump(), headers=head.headers)
 
 
 def _packed(vector: list[float]) -> str:

@@ -77,10 +77,15 @@ def no_model(name: str) -> ApiError:
     )
 
 
-def too_many(message: str, retry_seconds: float = RETRY_SECONDS, code: str = "rate_limit_exceeded") -> ApiError:
+def too_many(
+    message: str,
+    retry_seconds: float = RETRY_SECONDS,
+    code: str = "rate_limit_exceeded",
+    headers: Mapping[str, str] | None = None,
+) -> ApiError:
     """429: a limit or a full queue; the client is told when to come back."""
-    wait = str(max(1, round(retry_seconds)))
-    return ApiError(429, message, type="rate_limit_error", code=code, headers={"Retry-After": wait})
+    wait = {"Retry-After": str(max(1, round(retry_seconds)))}
+    return ApiError(429, message, type="rate_limit_error", code=code, headers=wait | dict(headers or {}))
 
 
 def server_fault() -> ApiError:

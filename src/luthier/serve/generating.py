@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
+from fastapi import Request
+
 from luthier import __version__
 from luthier.engine.requests import Completion, Sampling
 from luthier.registry.view import Caller
@@ -42,6 +44,12 @@ class Head:
         return {"x-luthier-version": quote(self.version, safe="/:@ ")}
 
 
+def routed(gateway: Gateway, caller: Caller, request: Request, name: str, user: str | None) -> Route:
+    """Return what answers a request: an experiment's arm by its user, its X-Session-Id or its tenant. Raises: ApiError."""
+    unit = gateway.unit_of(caller, name, user=user, session=request.headers.get("x-session-id"))
+    return gateway.route(caller, name, unit=unit)
+
+
 def room_for(asked: int | None, default: int, prompts: Sequence[tuple[int, ...]], room: int, param: str) -> int:
     """Return how many tokens each answer may have: those asked for, else `default` or what the longest prompt leaves.
 
@@ -62,9 +70,16 @@ def room_for(asked: int | None, default: int, prompts: Sequence[tuple[int, ...]]
 
 
 def answers(
-    gateway: Gateway, caller: Caller, route: Route, prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]
+    gateway: Gateway,
+    caller: Caller,
+    route: Route,
+    prompts: Sequence[tuple[int, ...]],
+    samplings: Sequence[Sampling],
+    id: str,
 ) -> AsyncGenerator[Part, None]:
     """Yield the parts of one answer for each prompt and sampling, those of the first prompt first by index.
+
+    The first one is written down under `id`, and the others under that with their number.
 
     Raises: ApiError 400 for too many, and what the gateway raises.
     """
@@ -73,7 +88,13 @@ def answers(
         raise ApiError(
             400, f"{len(prompts)} prompts times n={len(samplings)} are {number} answers; at most {MOST_ANSWERS} may be."
         )
-    return together([gateway.stream(caller, route, prompt, how) for prompt in prompts for how in samplings])
+    asked = [(prompt, how, place > 0) for prompt in prompts for place, how in enumerate(samplings)]
+    return together(
+        [
+            gateway.stream(caller, route, prompt, how, request_id=f"{id}.{number}" if number else id, is_further=is_further)
+            for number, (prompt, how, is_further) in enumerate(asked)
+        ]
+    )
 
 
 def usage_of(done: Sequence[Completion], number: int) -> Usage:

@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from luthier.registry.view import ServingView
+from luthier.registry.view import Target
 from luthier.serve.routing import CallerOf, GatewayOf, KeyFirstRoute, refusals
 
 router = APIRouter(route_class=KeyFirstRoute)
@@ -30,17 +30,17 @@ class ModelList(BaseModel):
 @router.get("/v1/models", responses=refusals())
 async def list_models(caller: CallerOf, gateway: GatewayOf) -> ModelList:
     """List the models that this key may use."""
-    view = gateway.views.current()
-    return ModelList(data=[_card(view, name, caller.tenant) for name in view.listed.get(caller.tenant_id, ())])
+    view = gateway.view()
+    names = view.names.get(caller.tenant_id, {})
+    return ModelList(data=[_card(names[name], name, caller.tenant) for name in view.listed.get(caller.tenant_id, ())])
 
 
 @router.get("/v1/models/{name:path}", responses=refusals(404))
 async def show_model(name: str, caller: CallerOf, gateway: GatewayOf) -> ModelCard:
     """Show one model that this key may use."""
-    gateway.target(caller, name)
-    return _card(gateway.views.current(), name, caller.tenant)
+    return _card(gateway.target(caller, name), name, caller.tenant)
 
 
-def _card(view: ServingView, name: str, tenant: str) -> ModelCard:
-    made = view.created.get(name)
+def _card(target: Target, name: str, tenant: str) -> ModelCard:
+    made = target.created_at
     return ModelCard(id=name, created=int(made.timestamp()) if made else 0, owned_by=tenant)

@@ -5,7 +5,7 @@ Nothing here knows what a route does.
 
 import json
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pydantic_core
 from fastapi import Depends, FastAPI, Request, Security
@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
+from luthier.registry.tenancy import Scope
 from luthier.registry.view import Caller
 from luthier.serve.errors import ApiError, ErrorBody
 from luthier.serve.gateway import Gateway
@@ -40,7 +41,12 @@ class StrictRequest(Request):
 
 
 class KeyFirstRoute(APIRoute):
-    """A route that knows who asks before it reads what: a body without a valid key is not looked at."""
+    """A route that knows who asks before it reads what: a body without a valid key is not looked at.
+
+    A class of its own with another `scope` is for routes that need that one.
+    """
+
+    scope: ClassVar[Scope] = Scope.INFERENCE
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler, with the caller in the request's state."""
@@ -49,7 +55,7 @@ class KeyFirstRoute(APIRoute):
         async def handler(given: Request) -> Response:
             request = StrictRequest(given.scope, given.receive)
             gateway: Gateway = request.app.state.gateway
-            request.state.caller = gateway.caller(request.headers.get("authorization"))
+            request.state.caller = gateway.caller(request.headers.get("authorization"), self.scope)
             await request.body()  # here, since FastAPI would take a refusal of the body's size for a fault of its form
             return await answer(request)
 

@@ -28,3 +28,28 @@ class ServeSettings(Settings):
     )
     log_prompts: bool = Field(default=False, description="write prompts and answers into the log; off, they are nowhere")
     docs: bool = Field(default=False, description="answer /docs and /openapi.json, which tell what there is to call")
+
+
+class EngineSettings(Settings):
+    """The embedded engine behind a gateway: what is loaded, and what it may have in hand. Plain data, to be sent to a process."""
+
+    model: str = Field(description="base model, as `luthier train` takes it")
+    dtype: str = Field(default="auto", description="of the base weights: auto, bfloat16, float32 or float16")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:<number>")
+    quantize: str = Field(default="none", description="nf4: the base's linear layers in 4 bits; none: as they are")
+    form: str | None = Field(default=None, description="of the weights in memory; None: nf4 for a base in 4 bits, else float")
+    max_running: int = Field(default=32, ge=1, description="requests that are answered at a time")
+    max_queue: int = Field(default=1024, ge=1, description="requests that wait in the engine")
+    max_active_adapters: int = Field(default=8, ge=1, description="different adapters in one step")
+    kv_tokens: int | None = Field(
+        default=None, ge=1, description="tokens of all running requests together; None: what fits into 1 GiB"
+    )
+    prefix_cache: bool = Field(default=True, description="keep what prompts have in common")
+    adapter_bytes: int = Field(default=2**30, ge=1, description="memory for adapters")
+    adapters: dict[str, str] = Field(default={}, description="folders of adapters by name")
+    registry: str | None = Field(default=None, description="where other references are looked up; None: nowhere")
+
+    @property
+    def form_held(self) -> str:
+        """The form that the weights are held in."""
+        return self.form or ("nf4" if self.quantize == "nf4" else "float")

@@ -18,6 +18,7 @@ from luthier.core.errors import RegistryError
 from luthier.registry import migrations, schema
 from luthier.registry.columns import Row
 from luthier.registry.database import Database, open_database
+from luthier.registry.experiments import count_units, exposures
 from luthier.registry.migrations import current_revision, migrate, newest_revision
 
 # Rows as the first schema holds them, written without our models: those change, this database does not.
@@ -31,6 +32,11 @@ FIRST_ROWS = [
     " VALUES (1, 1, 1, 'ab', 'cd', 'LORA', 8, 16, 40, '[]', 160, 'candidate', 'old', '{}', '{}', '{}',"
     " '2026-11-24 10:00:00', 'ann')",
     "INSERT INTO adapter_file (version_id, path, blob_digest, size) VALUES (1, 'adapter_model.safetensors', 'ab', 5)",
+    "INSERT INTO surface (id, name, audience, owner, rules, created_at)"
+    " VALUES (1, 'shop', 'customer', 'ann', '{}', '2026-11-24 10:00:00')",
+    "INSERT INTO experiment (id, surface_id, name, salt, unit, epoch, guardrail, started_at)"
+    " VALUES (1, 1, 'first', 'salt', 'user', 1, '{\"control\": 1, \"rule\": null}', '2026-11-24 10:00:00')",
+    "INSERT INTO exposure (experiment_id, epoch, version_id, count) VALUES (1, 1, 1, 40)",
 ]
 
 
@@ -76,6 +82,10 @@ def test_a_database_of_the_first_schema_keeps_its_rows(database: Database) -> No
         version = session.scalars(sa.select(schema.AdapterVersion)).one()
         assert (version.adapter.name, version.version, version.rank, version.alpha) == ("orders", 1, 8, 16.0)
         assert [file.path for file in version.files] == ["adapter_model.safetensors"]
+    # What is counted from now on is added to what was counted before.
+    assert count_units(database, 1, 1, {bytes(32): 1}) == 1
+    with database.reading() as session:
+        assert exposures(session, session.get_one(schema.Experiment, 1)) == {1: 41}
 
 
 def test_a_later_step_copies_tables_without_losing_what_points_to_them(

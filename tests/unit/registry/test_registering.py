@@ -351,6 +351,18 @@ def test_pickles_are_refused_under_any_name(registry: Registry, folder: Path, na
         register(registry, folder, name="orders", **SAID)
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x10480])
+def test_a_header_whose_length_looks_like_a_pickle_is_none(registry: Registry, tmp_path: Path, length: int) -> None:
+    folder = save_adapter_folder(tmp_path / "adapter", r=1)
+    file = folder / "adapter_model.safetensors"
+    raw = file.read_bytes()
+    (was,) = struct.unpack("<Q", raw[:8])
+    text = raw[8 : 8 + was].rstrip()
+    file.write_bytes(struct.pack("<Q", length) + text.ljust(length) + raw[8 + was :])
+    assert file.read_bytes()[0] == 0x80
+    assert register(registry, folder, name="orders", **SAID).version == 1
+
+
 def test_links_out_of_the_folder_are_refused(registry: Registry, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("a password")
     os.symlink(tmp_path / "secret.txt", folder / "notes.txt")

@@ -223,6 +223,7 @@ def _planitems(registry: Registry, number: int, actor: str, who: str) -> None:
     with registry.database.writing() as session:
         request = locked(session, number)
         if _freeze(session, request):  # somebody registered meanwhile: list and read again
+            tell(session, request, actor)
             return
         for deployment_id, what in found.deployments.items():
             put(session, number, "deployment", f"{deployment_id}: {what}", {"id": deployment_id})
@@ -250,7 +251,8 @@ def _undeploy(registry: Registry, number: int, actor: str, assume_acknowledged: 
             raise RefusedError(f"Erasure {number} waits for what takes the place of versions:\n  " + "\n  ".join(faults))
         names = {item.evidence["id"]: item.target for item in going(session, number)}
         session.execute(delete(Alias).where(Alias.version_id.in_(list(names))))
-        waiting = []
+        waiting: list[str] = []
+        drained: list[tuple[str, dict[str, Any]]] = []
         query = select(Deployment).where(Deployment.version_id.in_(list(names)), Deployment.acknowledged_at.is_(None))
         for deployment in session.scalars(query.order_by(Deployment.id)):
             what = f"{names[deployment.version_id]} on {deployment.surface.name}"
@@ -258,12 +260,15 @@ def _undeploy(registry: Registry, number: int, actor: str, assume_acknowledged: 
                 deployment.ended_at = now()
                 payload = {"surface": deployment.surface.name, "version": None, "before": names[deployment.version_id]}
                 session.add(Outbox(event="surface.undeployed", payload=payload))
+                drained.append((deployment.surface.name, payload))
             if assume_acknowledged:
                 deployment.acknowledged_at = now()
             else:
                 waiting.append(what)
             item = put(session, number, "deployment", f"{deployment.id}: {what}", {"id": deployment.id})
             item.evidence = item.evidence | {"is_assumed": assume_acknowledged}
+        for name, payload in drained:
+            audit.record(session, actor, "surface.drain", f"surface/{name}", payload)
         if not waiting:
             for item in items(session, number, "deployment"):
                 item.state = "done"

@@ -19,6 +19,7 @@ from luthier.registry.schema import AdapterVersion, Blob, DatasetSubject
 
 TRACES_PER_BLOB, TRACES_PER_FILE = 16, 64
 LARGEST_TRACED = 1 << 30
+ROWS_AT_ONCE = 10_000  # a table of usage may have millions
 
 
 def take_traces(registry: Registry, session: Session, found: Plan, who: str | None) -> set[Trace]:
@@ -89,10 +90,9 @@ def _in_rows(registry: Registry, search: Search) -> set[Trace]:
     found: set[Trace] = set()
     with registry.database.engine.connect() as connection:
         for table in Row.metadata.sorted_tables:
-            values: list[bytes] = []
-            for row in connection.exec_driver_sql(f"SELECT * FROM {table.name}"):
-                values += [_raw(value) for value in row if value is not None]
-            found |= search.found_in(BytesIO(b"\0".join(values)))
+            for rows in connection.exec_driver_sql(f"SELECT * FROM {table.name}").partitions(ROWS_AT_ONCE):
+                values = [_raw(value) for row in rows for value in row if value is not None]
+                found |= search.found_in(BytesIO(b"\0".join(values)))
     return found
 
 
