@@ -24,9 +24,8 @@ class Prompts:
         self._tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="luthier-prompts")
         if tokenizer is not None:
-            tokenizer(
-                ""
-            )  # the first call may switch off a truncation that was stored with it, which no two threads may do at once
+            # The first call may switch off a truncation that was stored with it, which no two threads may do at once.
+            tokenizer("")
         self.texts = TokenTexts(tokenizer)
 
     async def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
