@@ -18,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +61,7 @@ def main() -> None:
         return
     with work_folder(arguments.work) as folder:
         prepare(arguments, folder)
-        settings = {"OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        settings = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, *sys.argv, "--worker", str(folder)]
         done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
     line = done.stdout.splitlines()[-1]
@@ -77,7 +78,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=4, help="requests of each client in a round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit-gib", type=float, default=4.0)
-    parser.add_argument("--store-gib", type=float, default=1.0, help="of it for adapters in memory")
+    parser.add_argument("--store-gib", type=float, default=0.7, help="of it for adapters in memory")
     parser.add_argument("--active", type=int, default=32, help="adapters in one step: a place for each row")
     parser.add_argument("--tiny", action="store_true", help="one round of very little")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -109,6 +110,7 @@ def run(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
     from luthier.train.memory import held_memory, peak_memory
 
     torch.set_num_threads(arguments.threads)
+    threading.stack_size(2**20)  # the limit counts what is reserved too, and clients are not what it is for
     began = time.perf_counter()
     engine = Engine.load(
         plan["model"],

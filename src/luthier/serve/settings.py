@@ -14,9 +14,7 @@ class ServeSettings(Settings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any that is free")
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="a larger request body is refused with 413")
-    max_waiting: int = Field(
-        default=256, ge=1, description="requests that may be under way at once; the next one is answered 429"
-    )
+    max_waiting: int = Field(default=256, ge=1, description="requests under way at once; one more is answered 429")
     refresh_seconds: float = Field(default=1.0, gt=0, description="how often the registry is asked for changes")
     stale_seconds: float = Field(
         default=300.0, gt=0, description="how long the last known keys and routes count while the registry is away"
