@@ -77,11 +77,14 @@ def record_usage(database: Database, events: Iterable[Usage]) -> int:
                     cached_tokens=event.cached_tokens,
                     completion_tokens=event.completion_tokens,
                 )
-        for (tenant_id, day), sum_of in sorted(sums.items()):
-            grown = {name: sum_of[name] for name in COUNTED}
-            statement = insert_into(session, UsageTotal).values(tenant_id=tenant_id, day=day, **grown)
+        if sums:
+            statement = insert_into(session, UsageTotal)
             added = {name: getattr(UsageTotal, name) + statement.excluded[name] for name in COUNTED}
-            session.execute(statement.on_conflict_do_update(index_elements=["tenant_id", "day"], set_=added))
+            grown = [
+                {"tenant_id": tenant_id, "day": day} | {name: sum_of[name] for name in COUNTED}
+                for (tenant_id, day), sum_of in sorted(sums.items())
+            ]
+            session.execute(statement.on_conflict_do_update(index_elements=["tenant_id", "day"], set_=added), grown)
         return len(new)
 
 
