@@ -146,7 +146,8 @@ def insert_into(session: Session, table: type[Row]) -> Any:
 
     It goes past the ORM, which would compile it anew for each number of rows: 500 took ten times as long.
     """
-    return (sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert)(inspect(table).local_table)
+    insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
+    return insert(table.metadata.tables[table.__tablename__])
 
 
 def lock_key(name: str) -> int:
