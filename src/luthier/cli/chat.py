@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ URL = typer.Option("http://127.0.0.1:8000/v1", help="The server, as OpenAI's cli
 KEY = typer.Option(
     None, help="The key. Default: LUTHIER_API_KEY, which other users of the machine do not see.", show_default=False
 )
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = """/model NAME   ask another model; without a name, list them
 /system TEXT  say beforehand what the model is to be; without a text, take it back
 /reset        begin anew
@@ -58,6 +60,11 @@ def key_of(given: str | None) -> str:
     return key
 
 
+def harmless(text: str) -> str:
+    """Return a text without what a terminal would obey: a model may say anything, an escape sequence too."""
+    return CONTROL.sub("\ufffd", text)
+
+
 class Talk:
     """One conversation: its model and what was said."""
 
@@ -85,10 +92,11 @@ class Talk:
         said = []
         try:
             async for chunk in self.client.chat([*start, *asked], self.model, **self.settings):
-                self.console.out(chunk.text, end="", highlight=False)
+                sys.stdout.write(harmless(chunk.text) if sys.stdout.isatty() else chunk.text)
+                sys.stdout.flush()
                 said.append(chunk.text)
         finally:
-            self.console.out("")
+            sys.stdout.write("\n")
         self.turns = [*asked, {"role": "assistant", "content": "".join(said)}]
 
     async def command(self, line: str) -> bool:

@@ -76,11 +76,13 @@ def serve(
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "serve", "luthier serve")
+    from luthier.models.spec import parse_spec
     from luthier.serve.running import listening_socket
     from luthier.serve.settings import EngineSettings, ServeSettings
 
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine} is unknown; write {' or '.join(ENGINES)}")
+    parse_spec(model)
     folders = folders_by_name(adapter)
     settings = ServeSettings(
         served_name=served_name or name_of(model),

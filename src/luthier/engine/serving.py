@@ -341,7 +341,7 @@ class Engine:
             raise EngineError("the engine was closed while texts were embedded")
         vectors = np.array([completion.vector for completion in completions])
         if pooling.normalize:
-            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+            vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-12)
         return [[float(value) for value in vector] for vector in vectors]
 
     def stats(self) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def record_usage(database: Database, events: Iterable[Usage]) -> int:
         sums: dict[tuple[int, date], Counter[str]] = {}
         for event in told:
             if event.request_id in new:
-                day = sums.setdefault((event.tenant_id, event.finished_at.astimezone(UTC).date()), Counter())
-                day.update(
+                of_day = sums.setdefault((event.tenant_id, event.finished_at.astimezone(UTC).date()), Counter())
+                of_day.update(
                     requests=1,
                     prompt_tokens=event.prompt_tokens,
                     cached_tokens=event.cached_tokens,

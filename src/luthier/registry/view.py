@@ -140,8 +140,9 @@ def read_view(session: Session, *, base_name: str, fingerprint: Fingerprint | No
     references = {target.reference: target for target in versions.values()}
     surfaces = _surfaces(session, versions)
     own: dict[str, list[str]] = {}
-    for name, tenant in session.execute(select(Adapter.name, Adapter.tenant).where(Adapter.tenant.is_not(None))):
-        own.setdefault(tenant, []).append(name)
+    for name, tenant in session.execute(select(Adapter.name, Adapter.tenant)):
+        if tenant is not None:
+            own.setdefault(tenant, []).append(name)
     grants: dict[int, list[tuple[str, str]]] = {}
     for tenant_id, kind, target in session.execute(select(Grant.tenant_id, Grant.kind, Grant.target)):
         grants.setdefault(tenant_id, []).append((kind, target))
@@ -216,12 +217,12 @@ def _surfaces(session: Session, versions: Mapping[int, VersionTarget]) -> dict[s
     """Every surface by name, with what serves it; what may not be used is left out."""
     alone = select(Deployment.surface_id, Deployment.version_id)
     alone = alone.where(Deployment.ended_at.is_(None), Deployment.experiment_id.is_(None))
-    serving = dict(session.execute(alone).tuples().all())
+    serving = dict(session.execute(alone).all())
     running = {one.surface_id: one for one in session.scalars(select(Experiment).where(Experiment.ended_at.is_(None)))}
     weights: dict[int, dict[int, int]] = {}
     shared = (
-        select(Deployment.experiment_id, Deployment.version_id, Deployment.weight_bp)
-        .join(Experiment, Experiment.id == Deployment.experiment_id)
+        select(Experiment.id, Deployment.version_id, Deployment.weight_bp)
+        .join(Deployment, Experiment.id == Deployment.experiment_id)
         .where(Experiment.ended_at.is_(None), Deployment.epoch == Experiment.epoch)
     )
     for experiment_id, version_id, weight in session.execute(shared):

@@ -3,7 +3,7 @@
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 CLIENT_LEFT = 499
 """nginx's status for it; nobody gets to see it but the log."""
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -51,8 +51,8 @@ def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
         finally:
             await gateway.close()
 
-    docs = {} if gateway.settings.docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
-    app = FastAPI(title="luthier", version=__version__, lifespan=life, **docs)
+    told = "/openapi.json" if gateway.settings.docs else None  # without it there are no pages either
+    app = FastAPI(title="luthier", version=__version__, lifespan=life, openapi_url=told)
     app.state.gateway, app.state.metrics = gateway, metrics.Metrics(view_age=gateway.views.age)
     for routes in (models, chat, completions, embeddings, feedback, health, admin, metrics):
         app.include_router(routes.router)

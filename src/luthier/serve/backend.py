@@ -129,7 +129,11 @@ class EngineBackend:
 
     async def stats(self) -> Mapping[str, Any]:
         """Return the engine's figures."""
-        return {name: asdict(value) if is_dataclass(value) else value for name, value in self.engine.stats().items()}
+        figures = self.engine.stats()
+        return {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in figures.items()
+        }
 
     def _know(self, reference: str) -> None:
         if not self.engine.knows(reference):

@@ -62,7 +62,8 @@ class Repeating:
             except Exception:
                 log.exception("%s failed; it is tried again", self._name)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._now.wait(), self._seconds)
+                async with asyncio.timeout(self._seconds):  # not wait_for, which loses a cancellation now and then (Python 3.11)
+                    await self._now.wait()
             self._now.clear()
 
 

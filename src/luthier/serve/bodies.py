@@ -19,6 +19,9 @@ MOST_ANSWERS = 128
 TINY = 1e-9
 """Stands for top_p = 0, which OpenAI's API knows: the likeliest token alone."""
 
+COLD = 1e-5
+"""A temperature below this is 0: the likeliest token is drawn all the same, and logits divided by less may be infinite."""
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -99,7 +102,7 @@ class Asked(Body):
     user: str | None = Field(default=None, description="who asks, for sharing out a surface's experiment")
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="only so many of the likeliest tokens; 0 and -1: all")
     min_p: float | None = Field(default=None, ge=0, le=1, description="only tokens at least this share as likely as the first")
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="logits of tokens seen are divided by it")
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, description="logits of tokens seen are divided by it")
     ignore_eos: bool | None = Field(default=None, description="go on after the model's own stop tokens")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
         default=None, description="tokens that end the answer, beside the model's own"
@@ -117,7 +120,7 @@ class Asked(Body):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "temperature": 1.0 if self.temperature is None else self.temperature if self.temperature >= COLD else 0.0,
             "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
             "presence_penalty": self.presence_penalty or 0.0,
             "frequency_penalty": self.frequency_penalty or 0.0,

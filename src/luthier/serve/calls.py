@@ -7,7 +7,7 @@ function that there is not, JSON that is none) is text, as the model wrote it.
 import json
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class CallReader:
         self._form, self._names = form, frozenset(names)
         self._mark, self._end = form.opening.strip(), form.closing.strip()
         self._held = ""
-        self._step = self._text
+        self._step: Callable[[list[str | CallDelta]], bool] = self._text
         self._value = JsonEnd()
         self._whole = JsonEnd()
         self._searched = 0

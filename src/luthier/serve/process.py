@@ -214,6 +214,7 @@ class _Life:
         try:
             await life._load(settings, progress)
         except BaseException:
+            life._writer.close()
             await life._kill()
             raise
         life._reading = asyncio.create_task(life._read())

@@ -197,7 +197,8 @@ class Residency:
         if self._holdings is None or now - self._told_at < BEAT_SECONDS:
             return
         self._told_at = now
-        held = {*self._held.values(), *(use.target.version_id for use in self._uses)} - {None}
+        known = {*self._held.values(), *(use.target.version_id for use in self._uses)}
+        held = {version_id for version_id in known if version_id is not None}
         try:
             await self._worker.do(self._holdings.tell, held)
         except Exception as error:

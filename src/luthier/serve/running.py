@@ -97,7 +97,8 @@ class _Server(uvicorn.Server):
         try:
             await super().startup(sockets)
         except OSError as error:
-            raise _taken(*sockets[0].getsockname()[:2], error) from error
+            host, port = sockets[0].getsockname()[:2]
+            raise _taken(host, port, error) from error
         self._on_ready()
 
     def capture_signals(self) -> Any:

@@ -125,7 +125,8 @@ class WatchedViews:
         self._taken = taken
         self._repeating.start()
         with contextlib.suppress(TimeoutError):  # a registry that hangs must not keep the server from saying so
-            await asyncio.wait_for(self._looked.wait(), FIRST_LOOK_SECONDS)
+            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+                await self._looked.wait()
 
     async def refresh(self) -> None:
         """Look once, and have a view that is new count."""
@@ -166,6 +167,6 @@ def local_view(key: str, base: str, adapters: Iterable[str]) -> ServingView:
     """Return the view of a gateway without a registry: one tenant, one key that may do everything, folders by name."""
     caller = Caller(0, LOCAL, 0, LOCAL, frozenset({Scope.INFERENCE, Scope.ADMIN}))
     moment = datetime.now(UTC)
-    names: dict[str, Target] = {base: BaseTarget(base, moment)}
-    names |= {name: VersionTarget(name, created_at=moment) for name in adapters}
+    named = {name: VersionTarget(name, created_at=moment) for name in adapters}
+    names: dict[str, Target] = {base: BaseTarget(base, moment), **named}
     return ServingView(0, {digest_of_key(key): caller}, {0: names}, {0: tuple(names)})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.engine_scene import in_threads, prompts_of, with_adapter
+from tests.engine_scene import in_threads, prompts_of, save_peft_adapter, with_adapter
 
 from luthier.core.errors import ConfigError, DataError, RequestError
 from luthier.engine import Engine, Limits, Sampling
@@ -11,36 +11,46 @@ from luthier.models.pooling import Pooling
 LENGTHS = [1, 7, 40, 71]
 
 
-def wanted(scene, adapter, ids, pooling):
-    """The last hidden states, after the last norm, of a copy of the model that wears the adapter by PEFT."""
+POOLINGS = pytest.mark.parametrize(
+    "pooling", [Pooling("mean", True), Pooling("last", False), Pooling("first", False)], ids=lambda each: each.kind
+)
+
+
+def pooled(model, ids, pooling):
+    """The model's last hidden states, after its last norm, made one vector in float64."""
     with torch.no_grad():
-        hidden_TI = with_adapter(scene.model, scene.folders.get(adapter))(
-            torch.tensor([ids]), output_hidden_states=True
-        ).hidden_states[-1][0]
-    vector = {"mean": hidden_TI.double().mean(0), "last": hidden_TI[-1].double(), "first": hidden_TI[0].double()}[pooling.kind]
+        hidden_TI = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].double()
+    vector = {"mean": hidden_TI.mean(0), "last": hidden_TI[-1], "first": hidden_TI[0]}[pooling.kind]
     return (vector / vector.norm() if pooling.normalize else vector).tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize(
-    "pooling", [Pooling("mean", True), Pooling("last", False), Pooling("first", False)], ids=lambda each: each.kind
-)
+def wanted(scene, adapter, ids, pooling):
+    return pooled(with_adapter(scene.model, scene.folders.get(adapter)), ids, pooling)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@POOLINGS
 def test_a_vector_is_the_pooled_last_hidden_states(scenes, family, pooling):
+    """16 tokens a step: long rows come in pieces, which have to add up."""
     scene = scenes(family)
     rows = prompts_of(LENGTHS)
-    adapters = (None, "wide", "two") if family != "gpt2" else (None,)
-    names = [name for name in adapters if name]
-    # 16 tokens a step: long rows come in pieces, which have to add up.
-    with Engine(
-        scene.model,
-        scene.tokenizer,
-        adapters={name: scene.folders[name] for name in names},
-        pooling=pooling,
-        limits=Limits(prefill_tokens=16, kv_tokens=1000),
-    ) as engine:
-        for adapter in adapters:
+    with scene.engine("wide", "two", pooling=pooling, limits=Limits(prefill_tokens=16, kv_tokens=1000)) as engine:
+        for adapter in (None, "wide", "two"):
             for vector, ids in zip(engine.embed(rows, adapter=adapter), rows, strict=True):
                 assert vector == pytest.approx(wanted(scene, adapter, ids, pooling), abs=2e-4)
+
+
+@POOLINGS
+def test_models_that_run_through_their_own_forward(build_tiny, byte_tokenizer, tmp_path, pooling):
+    model = build_tiny("gpt2")
+    folder = save_peft_adapter(model, tmp_path, 0, r=4, target_modules=["c_attn", "c_fc"])
+    rows = prompts_of(LENGTHS)
+    with Engine(model, byte_tokenizer, adapters={"own": folder}, pooling=pooling) as engine:
+        assert engine.slow_because
+        for name, path in ((None, None), ("own", folder)):
+            found = engine.embed(rows, adapter=name)
+            for vector, ids in zip(found, rows, strict=True):
+                assert vector == pytest.approx(pooled(with_adapter(build_tiny("gpt2"), path), ids, pooling), abs=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["mean", "last"])

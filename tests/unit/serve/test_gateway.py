@@ -226,6 +226,8 @@ def test_an_answer_ends_when_its_version_is_put_on_hold(scene: Scene) -> None:
 
 def test_readiness_gives_reasons_and_no_names(scene: Scene) -> None:
     async def scenario() -> None:
+        assert await scene.gateway.unready_because() == ["adapters are being read"]
+        await until(lambda: not scene.gateway.residency.is_starting)
         assert await scene.gateway.unready_because() == []
         scene.backend.away = "the engine of tenant acme died over /secret/orders"
         assert await scene.gateway.unready_because() == ["the engine does not answer"]

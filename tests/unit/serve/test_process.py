@@ -45,6 +45,11 @@ class Scene:
         self._thread.start()
         self._numbers = iter(range(10**9))
 
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
     def settings(self, **more: Any) -> EngineSettings:
         adapters = {name: str(folder) for name, folder in self.adapters.items()} | more.pop("adapters", {})
         return EngineSettings(**{"model": str(self.model), "dtype": "float32", "adapters": adapters} | more)
@@ -73,7 +78,7 @@ async def events_of(backend: ProcessBackend, ask: Ask) -> list[Any]:
 def scene(tmp_path_factory, tiny_llama, tiny_tokenizer) -> Iterator[Scene]:
     scene = Scene(tmp_path_factory.mktemp("process"), tiny_llama, tiny_tokenizer)
     yield scene
-    scene.loop.call_soon_threadsafe(scene.loop.stop)
+    scene.close()
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +241,10 @@ def test_a_base_that_cannot_be_loaded_is_told(scene: Scene, tmp_path: Path) -> N
     def started(model: Path) -> None:
         scene.run(ProcessBackend(scene.settings(model=str(model)), threads=1).start())
 
+    def engines() -> set[int]:
+        return {each.pid for each in psutil.Process().children() if "luthier.serve.worker" in each.cmdline()}
+
+    before = engines()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="empty"):
         started(tmp_path / "empty")
@@ -247,7 +256,7 @@ def test_a_base_that_cannot_be_loaded_is_told(scene: Scene, tmp_path: Path) -> N
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         started(broken)
-    assert not [each for each in psutil.Process().children(recursive=True) if "luthier.serve.worker" in each.cmdline()]
+    assert engines() == before
 
 
 def test_progress_and_facts_are_told(scene: Scene) -> None:

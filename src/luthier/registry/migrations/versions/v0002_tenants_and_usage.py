@@ -99,7 +99,7 @@ def upgrade() -> None:
         sa.Column("metric", sa.String(length=255), nullable=False),
         sa.Column("tenant_id", sa.Integer(), nullable=False),
         sa.Column("key_id", sa.Integer(), nullable=False),
-        sa.Column("value", sa.Float(), nullable=False),
+        sa.Column("value", sa.Double(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(["key_id"], ["api_key.id"], name=op.f("fk_feedback_key_id_api_key")),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenant.id"], name=op.f("fk_feedback_tenant_id_tenant")),
