@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,19 @@ import httpx
 import psutil
 import pytest
 from tests.engine_scene import greedy, wait_until, with_adapter
+from tests.registry_rows import key_for, tenant_for
 from tests.serve_command import Server, luthier_serve
 from tests.served_adapters import save_random_adapter
 from tests.tiny_run import command, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier.adapt import detach
+from luthier.cli.serve import without_password
+from luthier.registry.place import open_registry
+from luthier.registry.registering import register
+from luthier.registry.tenancy import Scope
+from luthier.registry.tenants import find_tenant, revoke_key
+from luthier.registry.usage import tokens_on
 
 STOP = 2
 PROMPT = "refret my jazz bass"
@@ -260,3 +268,66 @@ def test_an_adapter_of_another_base_is_told_before_it_listens(place: Path) -> No
     found = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 1
     assert "BaseMismatchError" in found.stderr and "Serving on" not in found.stdout
+
+
+# --- over a registry ---------------------------------------------------------------------------------------------
+
+
+def test_a_registrys_tenants_are_served_with_what_they_may(place: Path) -> None:
+    registry = open_registry(place / "registry", create=True)
+    for name in ("one", "two"):
+        register(registry, place / name, name=name, actor="ann", owner="team", tenant=name, no_data_reason="a test")
+    tenant_for(registry, "one", ("base", ""))
+    tenant_for(registry, "two")
+    keys = {name: key_for(registry, name) for name in ("one", "two")} | {"admin": key_for(registry, "two", "boss", Scope.ADMIN)}
+    with luthier_serve(
+        place / "base", "--registry", place / "registry", "--dtype", "float32", "--threads", 1, folder=place
+    ) as server:
+        assert server.told["key"] is None and server.told["registry"] == str(place / "registry")
+
+        def as_tenant(name: str, model: str) -> httpx.Response:
+            server.told["key"] = keys[name]
+            return ask(server, model)
+
+        assert content(as_tenant("one", "one:1")) == wanted(place, "one")
+        assert content(as_tenant("two", "two:1")) == wanted(place, "two")
+        assert content(as_tenant("one", "base")) == wanted(place, None)
+        for tenant, model in (("one", "two:1"), ("two", "one:1"), ("two", "base"), ("one", str(place / "two"))):
+            assert as_tenant(tenant, model).status_code == 404
+        page = httpx.get(f"{server.url.removesuffix('/v1')}/metrics", headers={"Authorization": f"Bearer {keys['admin']}"}).text
+        assert 'luthier_tenant_requests_total{tenant="one"}' in page and "luthier_registry_age_seconds" in page
+        with registry.database.writing() as session:
+            revoke_key(session, find_tenant(session, "one"), "ci", actor="ada")
+        wait_until(lambda: as_tenant("one", "one:1").status_code == 401)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0, server.log.read_text()
+    with registry.database.reading() as session:
+        used = tokens_on(session, datetime.now(UTC).date())
+    assert set(used.values()) and all(used.values())
+    assert not any(key in server.log.read_text() for key in keys.values())
+    registry.database.engine.dispose()
+
+
+def test_folders_and_a_registry_are_not_served_together(luthier, monkeypatch, place: Path) -> None:
+    monkeypatch.chdir(place)
+    found = luthier("serve", "base", "--registry", "registry", "-a", "one", "--port", 0)
+    assert found.status == 2 and "belong to no tenant" in found.err
+
+
+def test_a_registry_that_is_not_there_is_told(luthier, monkeypatch, place: Path) -> None:
+    monkeypatch.chdir(place)
+    found = luthier("serve", "base", "--registry", "nowhere", "--port", 0)
+    assert found.status == 1 and "nowhere" in found.err
+
+
+@pytest.mark.parametrize(
+    ("place", "shown", "password"),
+    [
+        ("postgresql://me:s3cret@db/x?blobs=/b", "postgresql://me:***@db/x?blobs=/b", "s3cret"),
+        ("sqlite:////srv/registry.sqlite3", "sqlite:////srv/registry.sqlite3", None),
+        ("/srv/registry", "/srv/registry", None),
+        (None, None, None),
+    ],
+)
+def test_a_password_is_not_shown(place: str | None, shown: str | None, password: str | None) -> None:
+    assert without_password(place) == (shown, password)
