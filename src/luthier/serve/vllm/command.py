@@ -62,7 +62,7 @@ def command(model: Path, place: Place, settings: VllmSettings, max_rank: int, ze
     # One slot more: the bare base, where it is an adapter, takes none from the others.
     slots = settings.max_loras + (zero is not None)
     words += ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(settings.max_cpu_loras)]
-    words += ["--max-lora-rank", str(max_rank)]
+    words += ["--max-lora-rank", str(max_rank), "--max-num-seqs", str(settings.max_running)]
     if zero is not None:
         words += ["--lora-modules", f"{ZERO}={zero}"]
     if settings.max_model_len is not None:
