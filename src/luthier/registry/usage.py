@@ -108,10 +108,8 @@ def tokens_of(session: Session, tenant_id: int, since: datetime) -> int:
 def tokens_on(session: Session, day: date) -> dict[int, int]:
     """Return the tokens of prompts and answers of every tenant that used any on a day (UTC), by tenant id."""
     tokens = UsageTotal.prompt_tokens + UsageTotal.completion_tokens
-    return {
-        tenant_id: int(sum_)
-        for tenant_id, sum_ in session.execute(select(UsageTotal.tenant_id, tokens).where(UsageTotal.day == day))
-    }
+    sums = session.execute(select(UsageTotal.tenant_id, tokens).where(UsageTotal.day == day))
+    return {tenant_id: int(used) for tenant_id, used in sums}
 
 
 def usage_by_day(session: Session, *, tenant_id: int | None = None, since: date | None = None) -> list[Used]:
