@@ -58,7 +58,7 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
     other, smaller = (tiny_llama(vocab=len(tiny_tokenizer), **SHAPE | change) for change in ({"seed": 9}, {"hidden": 128}))
     unfit = unfit_folders(model, other, smaller, place / "unfit")
     for name, folder in (folders | {kind: unfit[kind][0] for kind in KINDS}).items():
-        register(registry, folder, name=f"acme/{name}", **SAID)
+        register(registry, folder, name=f"acme/{name}", tenant="acme", **SAID)
     adapters = {f"acme/{name}:1": folder for name, folder in folders.items()}
     prompts = [tuple(tiny_tokenizer(text)["input_ids"]) for text in PROMPTS]
     sampling = Sampling(max_new_tokens=TOKENS, logprobs=2)

@@ -1,18 +1,12 @@
-"""Who dies, and what the others do: vLLM's server, its engine, and the gateway, each by kill -9 and under load."""
+"""Who dies, and what the others do: vLLM's server and its engine, by kill -9 and under load."""
 
 import asyncio
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import psutil
 import pytest
-from tests.vllm import gateway_process
-from tests.vllm.listening import addresses, is_open, ports, speaks_http, tree
+from tests.vllm.listening import tree
 
 from luthier.core.errors import EngineError
 from luthier.engine.requests import Sampling
@@ -77,27 +71,3 @@ def test_who_leaves_ends_his_request(scene, vllm):
         return False
 
     assert vllm.call(go())
-
-
-def test_a_gateway_that_is_killed_takes_vllm_with_it_and_left_no_port_open(scene, settings):
-    """In the machine's own network, where the kernel does not help: nothing that vLLM listens on is for strangers."""
-    told = {"base": str(scene.base), "registry": str(scene.place / "registry")}
-    told["settings"] = json.loads(settings.changed(network="host").model_dump_json())
-    gateway = subprocess.Popen([sys.executable, gateway_process.__file__, json.dumps(told)], stdout=subprocess.PIPE, text=True)
-    try:
-        found = json.loads(gateway.stdout.readline())
-        processes = tree(found["keeper"])
-        assert found["network"] == "host" and len(processes) >= 3
-        outside = [address for address in addresses() if not address.startswith("127.")]
-        for _, port in ports(found["keeper"]):
-            assert not speaks_http("127.0.0.1", port)
-            assert not any(is_open(address, port) for address in outside)
-        gateway.kill()
-        gateway.wait()
-        _, alive = psutil.wait_procs(processes, timeout=60)
-        assert alive == []
-    finally:
-        gateway.kill()
-        gateway.wait()
-        gateway.stdout.close()
-    assert Path(found["folder"]).stat().st_mode & 0o077 == 0

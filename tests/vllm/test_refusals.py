@@ -65,6 +65,7 @@ def test_what_is_not_registered_is_not_there(name, scene, vllm):
 
 
 def test_no_path_and_no_name_of_the_hub_leads_anywhere(scene, vllm):
+    vllm.call(vllm.backend.load("acme/trained:1"))
     folder = next(scene.registry.cache.glob("acme/trained/*"))
     names = [str(folder), f"../..{folder}", f"{folder}:1", "~/adapters", "org/model", "file:///etc/passwd", "..", ".:1", ""]
     before = known(vllm)

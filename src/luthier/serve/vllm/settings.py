@@ -21,6 +21,7 @@ class VllmSettings(Settings):
         description="python of an environment with vLLM and luthier (LUTHIER_VLLM_PYTHON)",
     )
     dtype: str = Field(default="auto", description="vLLM's --dtype: what the base and its adapters are multiplied in")
+    max_running: int = Field(default=32, ge=1, description="requests that are answered at a time (vLLM's --max-num-seqs)")
     max_loras: int = Field(default=8, ge=1, description="different adapters in one batch")
     max_cpu_loras: int = Field(default=64, ge=1, description="adapters that vLLM keeps in memory; the longest unused one goes")
     max_lora_rank: int | None = Field(
