@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from luthier.adapt import detach
 from luthier.engine import Engine
 from luthier.engine.requests import Sampling
+from luthier.formats.adapters import fingerprint_of
 from luthier.registry.place import open_registry
 from luthier.registry.registering import register
 from luthier.serve.backend import Ask
@@ -57,8 +58,10 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
         detach(model)
     other, smaller = (tiny_llama(vocab=len(tiny_tokenizer), **SHAPE | change) for change in ({"seed": 9}, {"hidden": 128}))
     unfit = unfit_folders(model, other, smaller, place / "unfit")
+    fingerprint = fingerprint_of(model).model_dump()
     for name, folder in (folders | {kind: unfit[kind][0] for kind in KINDS}).items():
-        register(registry, folder, name=f"acme/{name}", tenant="acme", **SAID)
+        said = None if name == "other_base" else fingerprint  # PEFT's folders say nothing of their base
+        register(registry, folder, name=f"acme/{name}", tenant="acme", base=said, **SAID)
     adapters = {f"acme/{name}:1": folder for name, folder in folders.items()}
     prompts = [tuple(tiny_tokenizer(text)["input_ids"]) for text in PROMPTS]
     sampling = Sampling(max_new_tokens=TOKENS, logprobs=2)

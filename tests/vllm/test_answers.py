@@ -1,5 +1,6 @@
 """vLLM answers as luthier's own engine does: the same tokens, whoever else is in the batch."""
 
+import asyncio
 import json
 
 import pytest
@@ -35,6 +36,28 @@ def test_rows_of_base_and_adapters_together_answer_as_alone(scene, vllm):
     asked = [(prompt, name) for prompt in scene.prompts for name in (None, *scene.adapters[:3], None)]
     for (prompt, name), found in zip(asked, vllm.answers(asked, scene.sampling), strict=True):
         check(found, scene.wanted[name, prompt])
+
+
+def test_without_the_zero_adapter_rows_of_the_base_would_be_wrong(scene, vllm):
+    """What the test above would find: rows of the base by vLLM's own name, among rows of adapters.
+
+    Where this fails, vLLM has been mended (vllm#48421), and the zero adapter may go.
+    """
+
+    async def ask(model, prompt):
+        body = {"model": model, "prompt": list(prompt), "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
+        told = await vllm.backend.supervisor.client.post("/v1/completions", json=body)
+        return tuple(told.json()["choices"][0]["token_ids"])
+
+    async def together():
+        rows = [(model, prompt) for prompt in scene.prompts for model in (RAW_BASE, *scene.adapters[:3])]
+        return rows, await asyncio.gather(*(ask(*row) for row in rows))
+
+    rows, found = vllm.call(together())
+    answers = [
+        (scene.wanted[None, prompt].token_ids, ids) for (model, prompt), ids in zip(rows, found, strict=True) if model == RAW_BASE
+    ]
+    assert any(ids[: len(wanted)] != wanted for wanted, ids in answers)
 
 
 def test_more_adapters_than_slots_take_turns(scene, vllm):

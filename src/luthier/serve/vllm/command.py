@@ -55,7 +55,7 @@ class Place:
 
 def command(model: Path, place: Place, settings: VllmSettings, max_rank: int, zero: Path | None) -> list[str]:
     """Return vLLM's command line for a base in the folder `model`. `zero` is the adapter for the bare base, if it needs one."""
-    words = [str(settings.python), "-m", "vllm.entrypoints.openai.api_server"]
+    words = [str(settings.program), "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", str(model), "--served-model-name", RAW_BASE, "--dtype", settings.dtype]
     words += ["--uds", str(place.socket), "--disable-fastapi-docs", "--disable-uvicorn-access-log"]
     words += ["--middleware", "luthier.serve.vllm.guard.KeyGuard"]

@@ -16,9 +16,8 @@ PYTHON = "LUTHIER_VLLM_PYTHON"
 class VllmSettings(Settings):
     """How vLLM is started. What is not said is as vLLM has it."""
 
-    python: Path = Field(
-        default_factory=lambda: Path(os.environ.get(PYTHON, "")),
-        description="python of an environment with vLLM and luthier (LUTHIER_VLLM_PYTHON)",
+    python: Path | None = Field(
+        default=None, description="python of an environment with vLLM and luthier; left out, that in LUTHIER_VLLM_PYTHON"
     )
     dtype: str = Field(default="auto", description="vLLM's --dtype: what the base and its adapters are multiplied in")
     max_running: int = Field(default=32, ge=1, description="requests that are answered at a time (vLLM's --max-num-seqs)")
@@ -39,6 +38,11 @@ class VllmSettings(Settings):
     start_seconds: float = Field(default=1800.0, gt=0, description="how long vLLM may take until it answers")
     stop_seconds: float = Field(default=15.0, ge=0, description="how long it may take to end before it is killed")
     more: tuple[str, ...] = Field(default=(), description="further words of vLLM's command line: --tensor-parallel-size 2")
+
+    @property
+    def program(self) -> Path:
+        """The python that is meant; without a name where none is given."""
+        return self.python or Path(os.environ.get(PYTHON, ""))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

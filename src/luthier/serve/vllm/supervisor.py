@@ -149,8 +149,13 @@ class Supervisor:
         return self._client
 
     async def start(self) -> None:
-        """Start vLLM and return when it answers. Raises: ConfigError, ModelError, EngineError with the end of its output."""
-        self.found = await probe(self.settings.python)
+        """Start vLLM and return when it answers; once it was started, nothing happens.
+
+        Raises: ConfigError, ModelError, EngineError with the end of its output.
+        """
+        if self._task is not None:
+            return
+        self.found = await probe(self.settings.program)
         self.place.temporary.mkdir(mode=0o700, exist_ok=True)
         await self._describe_base()
         zero = write_zero(self.place.folder, Served.read(self.place.base_file)) if self.is_cpu else None
@@ -163,7 +168,7 @@ class Supervisor:
         self._task = asyncio.create_task(self._keep_running(), name="luthier-vllm")
 
     async def close(self) -> None:
-        """End vLLM and all its processes, and take its folder away."""
+        """End vLLM and all its processes, and take its folder away. Once more is no error."""
         self._is_closing = True
         if self._task is not None:
             self._task.cancel()

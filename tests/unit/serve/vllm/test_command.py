@@ -85,7 +85,8 @@ def test_settings_that_cannot_be_are_refused():
 
 def test_the_python_may_stand_in_the_environment(monkeypatch):
     monkeypatch.setenv(PYTHON, "/somewhere/python")
-    assert VllmSettings().python == Path("/somewhere/python")
+    assert VllmSettings().program == Path("/somewhere/python")
+    assert VllmSettings(python=Path("/here/python")).program == Path("/here/python")
 
 
 @pytest.mark.parametrize(

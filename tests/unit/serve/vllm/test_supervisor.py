@@ -35,6 +35,7 @@ def run(base_folder, script, scene, **settings):
             return await scene(made)
         finally:
             await made.close()
+            await made.close()
             assert not made.place.folder.exists()
 
     return asyncio.run(go())
@@ -66,6 +67,7 @@ def test_it_answers_through_a_socket_that_only_its_user_reaches(base_folder, tmp
     async def scene(made):
         assert "not been started" in made.state
         await made.start()
+        await made.start()  # the gateway's app does so too
         assert made.state is None and made.is_cpu and made.generation == 1
         assert stat.S_IMODE(made.place.folder.stat().st_mode) == 0o700
         assert (await made.client.get("/health")).status_code == 200
