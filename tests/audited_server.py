@@ -52,7 +52,7 @@ async def serve(config: dict[str, Any]) -> None:
         ),
     ]
     servers = [
-        uvicorn.Server(uvicorn.Config(make_app(gateway), host="127.0.0.1", port=0, log_config=None, access_log=True))
+        uvicorn.Server(uvicorn.Config(make_app(gateway), host="127.0.0.1", port=0, log_config=None, access_log=False))
         for gateway in gateways
     ]
     for server in servers:

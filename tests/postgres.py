@@ -60,6 +60,8 @@ class Cluster:
         while any(_is_running(process) for process in (postmaster, *map(int, children))):
             assert time.monotonic() < until, "PostgreSQL did not die"
             time.sleep(0.01)
+        for left in (self._data / "postmaster.pid", self._home / ".s.PGSQL.5432.lock"):
+            left.unlink(missing_ok=True)  # it names a process that may be a zombie for as long as nobody asks how it ended
 
     def _run(self, program: str, *words: object) -> None:
         command = [str(self._programs / program), *map(str, words)]

@@ -69,3 +69,17 @@ def test_threads_of_the_command_line_wait_without_spinning() -> None:
         environment |= {"OMP_WAIT_POLICY": given} if given else {}
         run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
         assert run.stdout.splitlines()[-1] == expected
+
+
+def test_threads_of_a_server_wait_as_openmp_has_them_wait() -> None:
+    # The server has its cores to itself more often than not, and its engine is a third to a half slower with sleeping threads.
+    script = (
+        "import os, sys; from luthier.cli.app import main; sys.argv = ['luthier', 'serve', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    for given in (None, "PASSIVE"):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.splitlines()[-1] == str(given)

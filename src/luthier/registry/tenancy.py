@@ -21,7 +21,7 @@ class Scope(enum.StrEnum):
     """What a key may do."""
 
     INFERENCE = "inference"
-    ADMIN = "admin"  # load, unload, drain; see every metric
+    ADMIN = "admin"  # manage tenants and keys, erase; on a gateway load, unload, drain, and see every metric
     REGISTER = "register"
     PROMOTE = "promote"
     APPROVE = "approve"

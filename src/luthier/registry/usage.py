@@ -77,11 +77,14 @@ def record_usage(database: Database, events: Iterable[Usage]) -> int:
                     cached_tokens=event.cached_tokens,
                     completion_tokens=event.completion_tokens,
                 )
-        for (tenant_id, day), sum_of in sorted(sums.items()):
-            grown = {name: sum_of[name] for name in COUNTED}
-            statement = insert_into(session, UsageTotal).values(tenant_id=tenant_id, day=day, **grown)
+        if sums:
+            statement = insert_into(session, UsageTotal)
             added = {name: getattr(UsageTotal, name) + statement.excluded[name] for name in COUNTED}
-            session.execute(statement.on_conflict_do_update(index_elements=["tenant_id", "day"], set_=added))
+            grown = [
+                {"tenant_id": tenant_id, "day": day} | {name: sum_of[name] for name in COUNTED}
+                for (tenant_id, day), sum_of in sorted(sums.items())
+            ]
+            session.execute(statement.on_conflict_do_update(index_elements=["tenant_id", "day"], set_=added), grown)
         return len(new)
 
 
@@ -105,10 +108,8 @@ def tokens_of(session: Session, tenant_id: int, since: datetime) -> int:
 def tokens_on(session: Session, day: date) -> dict[int, int]:
     """Return the tokens of prompts and answers of every tenant that used any on a day (UTC), by tenant id."""
     tokens = UsageTotal.prompt_tokens + UsageTotal.completion_tokens
-    return {
-        tenant_id: int(sum_)
-        for tenant_id, sum_ in session.execute(select(UsageTotal.tenant_id, tokens).where(UsageTotal.day == day))
-    }
+    sums = session.execute(select(UsageTotal.tenant_id, tokens).where(UsageTotal.day == day))
+    return {tenant_id: int(used) for tenant_id, used in sums}
 
 
 def usage_by_day(session: Session, *, tenant_id: int | None = None, since: date | None = None) -> list[Used]:

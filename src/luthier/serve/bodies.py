@@ -24,6 +24,8 @@ COLD = 1e-5
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+"""Each token of an answer is looked at for the beginning of one."""
 
 
 class Body(BaseModel):
@@ -89,13 +91,15 @@ class Asked(Body):
     seed: int | None = Field(
         default=None, ge=-(2**63), lt=2**63, description="the same again; answer number i draws with seed + i"
     )
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(default=None, description="texts that end the answer")
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
+        default=None, description="texts that end the answer"
+    )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(json_schema_extra={"additionalProperties": False}),
+            Field(max_length=2048, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = Field(default=None, description="added to the logits of tokens, by their ids")

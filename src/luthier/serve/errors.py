@@ -52,7 +52,7 @@ def no_key() -> ApiError:
     """401 for a key that is missing, unknown, revoked or expired: which of these is nobody's business."""
     return ApiError(
         401,
-        "A valid API key is needed: send it as 'Authorization: Bearer KEY'. `luthier tenants keys` makes one.",
+        "A valid API key is needed: send it as 'Authorization: Bearer KEY'. `luthier tenants keys issue` makes one.",
         type="authentication_error",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},

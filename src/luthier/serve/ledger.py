@@ -99,6 +99,7 @@ class Ledger:
         self._sums_every = max(1, round(SUMS_SECONDS / send_seconds))
         self._turn = 0
         self._unsent: Counter[tuple[date, int]] = Counter()
+        self._reached: dict[Path, int] = {}
         self._unwritten: list[Answered] = []
         self.away_because: str | None = None
         self.sent = 0
@@ -138,6 +139,7 @@ class Ledger:
             for path in paths:
                 answers = await self._worker.do(self._send_file, path)
                 self.journal.drop(path)
+                self._reached.pop(path, None)
                 self.sent += len(answers)
                 for answer in answers:
                     self._unsent[answer.day, answer.tenant_id] -= answer.tokens
@@ -177,7 +179,8 @@ class Ledger:
 
     def _send_file(self, path: Path) -> list[Answered]:
         answers = _read(self.journal, path)
-        for start in range(0, len(answers), BATCH):
+        for start in range(self._reached.get(path, 0), len(answers), BATCH):
+            self._reached[path] = start  # a try that fails later goes on here
             batch = answers[start : start + BATCH]
             try:
                 self._books.add(batch)

@@ -2,10 +2,11 @@
 
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from luthier.registry.view import Target
+from luthier.serve.errors import no_model
 from luthier.serve.routing import CallerOf, GatewayOf, KeyFirstRoute, refusals
 
 router = APIRouter(route_class=KeyFirstRoute)
@@ -36,8 +37,10 @@ async def list_models(caller: CallerOf, gateway: GatewayOf) -> ModelList:
 
 
 @router.get("/v1/models/{name:path}", responses=refusals(404))
-async def show_model(name: str, caller: CallerOf, gateway: GatewayOf) -> ModelCard:
+async def show_model(name: str, request: Request, caller: CallerOf, gateway: GatewayOf) -> ModelCard:
     """Show one model that this key may use."""
+    if not request.scope["path"].endswith(name):  # the router leaves a line's end out
+        raise no_model(name)
     return _card(gateway.target(caller, name), name, caller.tenant)
 
 

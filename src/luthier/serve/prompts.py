@@ -1,6 +1,6 @@
 """From what is asked to token ids: chats through the model's own template, texts through its tokenizer; for all engines here.
 
-All of it happens in one thread of its own, so a long prompt holds up other prompts, never the event loop.
+All of it happens in threads of its own, so a long prompt holds up neither the event loop nor a short one.
 """
 
 import asyncio
@@ -22,7 +22,10 @@ class Prompts:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="luthier-prompts")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="luthier-prompts")
+        if tokenizer is not None:
+            # The first call may switch off a truncation that was stored with it, which no two threads may do at once.
+            tokenizer("")
         self.texts = TokenTexts(tokenizer)
 
     async def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -37,11 +40,11 @@ class Prompts:
         return await self._run(lambda: self._chat(messages, tools))
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
     async def _run(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[tuple[int, ...], CallFormat]:
         listed = [tool.model_dump(exclude_none=True) for tool in tools] or None

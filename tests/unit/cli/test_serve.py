@@ -234,7 +234,7 @@ def is_refused(server: Server) -> bool:
         (("base", "-a", "a=one", "-a", "a=two"), {}, 2, "two adapters are called 'a'"),
         (("base", "-a", "base=one"), {}, 2, "'base' is the base's name and an adapter's"),
         (("base", "-a", "a/b=one"), {}, 2, "adapter name 'a/b' is not usable"),
-        (("base", "--engine", "steam"), {}, 2, "write process or inline"),
+        (("base", "--engine", "steam"), {}, 2, "write process or inline or vllm"),
         (("base", "--host", "no.such.host.invalid"), {}, 2, "is no address of this machine"),
         (("base",), {"LUTHIER_API_KEY": "short"}, 2, "needed are at least 16"),
     ],
@@ -323,7 +323,7 @@ def test_a_registry_that_is_not_there_is_told(luthier, monkeypatch, place: Path)
 @pytest.mark.parametrize(
     ("place", "shown", "password"),
     [
-        ("postgresql://me:s3cret@db/x?blobs=/b", "postgresql://me:***@db/x?blobs=/b", "s3cret"),
+        ("postgresql://me:s3cret@db/x?blobs=b", "postgresql://me:***@db/x?blobs=b", "s3cret"),
         ("sqlite:////srv/registry.sqlite3", "sqlite:////srv/registry.sqlite3", None),
         ("/srv/registry", "/srv/registry", None),
         (None, None, None),

@@ -208,20 +208,32 @@ def test_from_a_folder_to_production_by_key(shell: Shell, tmp_path: Path) -> Non
     assert "needs approve" in refused("rita", f"registry approve {version} --surface shop")
     assert by("ann", f"registry approve {version} --surface shop")["actor"] == "team/ann"
     by("bob", f"registry approve {version} --surface shop")
-    for line in (
-        f"registry promote {version} --surface shop",
-        "registry rollback shop",
-        f"registry hold {version} --reason odd",
-        f"registry release {version}",
-        f"registry retire {version}",
-        "registry surface add desk --audience internal",
-        "registry surface set shop --rule approvals=0",
-        f"registry experiment start shop first --arm {version}=1",
-        "registry experiment stop shop",
-        f"registry experiment count shop --seen {version}=1",
+    rows, scores = tmp_path / "rows.jsonl", tmp_path / "scores.json"
+    rows.write_text('{"text": "one"}\n')
+    scores.write_text("{}")
+    for scope, line in (
+        ("promote", f"registry promote {version} --surface shop"),
+        ("promote", "registry rollback shop"),
+        ("promote", f"registry hold {version} --reason odd"),
+        ("promote", f"registry release {version}"),
+        ("promote", f"registry retire {version}"),
+        ("promote", "registry surface add desk --audience internal"),
+        ("promote", "registry surface set shop --rule approvals=0"),
+        ("promote", f"registry experiment start shop first --arm {version}=1"),
+        ("promote", f"registry experiment weights shop --arm {version}=1"),
+        ("promote", "registry experiment stop shop"),
+        ("promote", f"registry experiment count shop --seen {version}=1"),
+        ("promote", f"registry experiment check shop --measured {version}=1"),
+        ("register", f"registry data add rows {rows} --owner ana"),
+        ("register", f"registry scores {version} {scores}"),
+        ("register", f"registry export {version} {tmp_path}/exported"),
+        ("register", f"train --data {rows} --model nowhere --register orders --owner ana"),  # before anything is loaded
+        ("admin", "registry gc"),
+        ("admin", "registry erase resume 1"),
     ):
         assert "LUTHIER_API_KEY is not set" in refused(None, line)
-        assert "needs promote" in refused("bob", line)
+        assert f"needs {scope}" in refused("bob", line)
+    assert not (tmp_path / "exported").exists()
     assert by("boss", f"registry promote {version} --surface shop")["version"] == version
     by("boss", f"registry hold {version} --reason odd")
 

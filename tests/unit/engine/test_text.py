@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, StopStringCriteria
 
-from luthier.engine.text import TextStream
+from luthier.engine.text import TextStream, token_bytes
 
 
 def decoded(tokenizer, ids):
@@ -57,6 +57,23 @@ def test_joined_pieces_are_the_decoding_of_the_whole_by_the_real_tokenizer(smoll
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     check_joined_pieces(tokenizer, len(tokenizer))
     check_joined_pieces(tokenizer, 300)  # special tokens and single bytes
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "tiny_tokenizer"])
+@pytest.mark.parametrize("text", ["The luthier planed 中文 🎻🪕", " e\u0301\n\n  x"])
+def test_bytes_of_tokens_are_those_of_the_text(name, text, request):
+    tokenizer = request.getfixturevalue(name)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(token_bytes(tokenizer, token) for token in ids) == text.encode()
+
+
+def test_bytes_of_tokens_where_bytes_are_a_fallback():
+    tokenizer = fallback_tokenizer()
+    words = ["▁the", "▁to", "p", "▁▁", "é", *(f"<0x{byte:02X}>" for byte in "中".encode())]
+    ids = tokenizer.convert_tokens_to_ids(words)
+    assert b"".join(token_bytes(tokenizer, token) for token in ids) == " the top  é中".encode()
+    assert decoded(tokenizer, ids) == "the top  é中"  # decoding leaves out the first blank
+    assert token_bytes(tokenizer, 10_000) == b""
 
 
 @pytest.mark.parametrize("text", ["naïve 中文 🎻🪕", "e\u0301"])

@@ -72,6 +72,47 @@ def test_a_full_queue_is_429_and_those_of_the_request_that_fit_are_cancelled(tin
         client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=1)
 
 
+def test_an_engine_that_stops_in_mid_stream_says_so(tiny_base, tiny_tokenizer, tmp_path):
+    with (
+        gateway_over(tiny_base, tiny_tokenizer, tmp_path) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key=running.key, max_retries=0) as client,
+    ):
+        stream = client.chat.completions.create(
+            model="tiny", messages=ASKED, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        running.engine.close()
+        with pytest.raises(openai.APIError, match="stopped before the answer was complete"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=1)
+        assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"]
+
+
+def test_an_adapter_that_cannot_be_used_is_a_409(tiny_base, tiny_tokenizer, tmp_path):
+    with (
+        gateway_over(tiny_base, tiny_tokenizer, tmp_path, adapters=("broken", "whole")) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key=running.key, max_retries=0) as client,
+    ):
+        weights = running.folders["broken"] / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-8])
+        for stream in (False, True):
+            with pytest.raises(openai.ConflictError) as caught:
+                client.chat.completions.create(model="broken", messages=ASKED, max_tokens=1, stream=stream)
+            assert caught.value.code == "adapter_unusable"
+        client.chat.completions.create(model="whole", messages=ASKED, max_tokens=1)
+
+
+def test_a_failure_of_our_own_says_its_request_and_nothing_else(served):
+    def fail():
+        raise RuntimeError("a secret of the server's")
+
+    served.app.add_api_route("/fails", fail)
+    answer = httpx.get(f"{served.url}/fails", headers={"X-Request-Id": "mine-8"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-8")
+    assert answer.json()["error"]["type"] == "server_error" and "secret" not in answer.text
+
+
 async def answer(*steps, ended):
     """An engine's stream: texts, waits (seconds), or an error; `ended` hears how it went."""
     try:

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 from tests.gateway_scene import KEY, ScriptedBackend, until, view
-from tests.postgres import Cluster, fresh_database, postgres_programs, running_cluster
+from tests.postgres import Cluster, postgres_programs, running_cluster
 from tests.registry_rows import key_for, tenant_for
 
 from luthier.engine.requests import Sampling
@@ -295,12 +295,11 @@ def test_postgresql_is_killed_under_load_and_everything_counts_once(
         await gateway.close()
         return told
 
-    with fresh_database(cluster.url) as url:
-        registry = open_registry(f"{url}&blobs={tmp_path / 'blobs'}", create=True)
-        tenant_for(registry, "acme", ("base", ""))
-        told = asyncio.run(scenario(registry, key_for(registry, "acme")))
-        assert in_the_books(registry) == told
-        registry.database.engine.dispose()
+    registry = open_registry(f"{cluster.url}&blobs={tmp_path / 'blobs'}", create=True)
+    tenant_for(registry, "acme", ("base", ""))
+    told = asyncio.run(scenario(registry, key_for(registry, "acme")))
+    assert in_the_books(registry) == told
+    registry.database.engine.dispose()
 
 
 def _ledger(gateway: Gateway) -> Ledger:

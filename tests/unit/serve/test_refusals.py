@@ -43,7 +43,7 @@ def extra(name, value):
         ({"max_tokens": 2, "max_completion_tokens": 3}, None, "differ"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
         ({"logit_bias": {"99999": 1}}, None, "token 99999"),
-        ({"stop": ""}, None, "stop text is empty"),
+        ({"stop": ""}, "stop", "at least 1 character"),
         ({"tool_choice": "required"}, None, "no tools"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),

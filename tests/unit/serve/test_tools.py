@@ -2,10 +2,12 @@
 
 import copy
 import json
+from typing import Literal
 
 import jsonschema
 import openai
 import pytest
+from pydantic import BaseModel
 from tests.serve_scene import gateway_over
 
 from luthier.engine import Constraint
@@ -126,6 +128,25 @@ def test_a_stream_of_calls_is_the_same_call_in_pieces(told):
     assert "".join(delta.function.arguments for delta in deltas) == whole.function.arguments
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+class Weather(BaseModel):
+    """Tells the weather."""
+
+    city: Literal["Cremona", "Brescia"]
+    days: Literal[1, 2, 3]
+
+
+def test_the_clients_own_tools_and_its_stream_of_events(told):
+    _, client = told
+    asked = {"tools": [openai.pydantic_function_tool(Weather)], "tool_choice": "required", "parallel_tool_calls": False}
+    with client.chat.completions.stream(model="tiny", messages=ASKED, max_tokens=200, seed=1, **asked) as stream:
+        kinds = {event.type for event in stream}
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Weather)
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    parsed = client.chat.completions.parse(model="tiny", messages=ASKED, max_tokens=200, seed=1, **asked)
+    assert parsed.choices[0].message.tool_calls[0].function.parsed_arguments == call.function.parsed_arguments
 
 
 def test_a_call_that_is_cut_off_says_length(told):
