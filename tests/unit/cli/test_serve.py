@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from tests.engine_scene import greedy, wait_until, with_adapter
+from tests.otlp_collector import attributes, collector
 from tests.registry_rows import key_for, tenant_for
 from tests.serve_command import Server, luthier_serve
 from tests.served_adapters import save_random_adapter
@@ -56,9 +57,9 @@ def serving(place: Path, *words: object, **environment: str) -> Any:
     return luthier_serve(place / "base", *adapters, "--dtype", "float32", "--threads", 1, *words, folder=place, **environment)
 
 
-def ask(server: Server, model: str, tokens: int = 8, **more: Any) -> httpx.Response:
-    body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": tokens, "temperature": 0} | more
-    return httpx.post(f"{server.url}/chat/completions", headers=server.headers, json=body, timeout=60)
+def ask(server: Server, model: str, tokens: int = 8, **headers: str) -> httpx.Response:
+    body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": tokens, "temperature": 0}
+    return httpx.post(f"{server.url}/chat/completions", headers=server.headers | headers, json=body, timeout=60)
 
 
 def wanted(place: Path, adapter: str | None, tokens: int = 8) -> str:
@@ -209,12 +210,20 @@ def test_the_engine_goes_with_a_killed_gateway(place: Path) -> None:
         wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_the_engine_can_be_in_the_gateways_process(place: Path) -> None:
-    with serving(place, "--engine", "inline", LUTHIER_API_KEY="a-key-of-the-operators") as server:
-        assert server.told["key"] is None and server.told["engine"]["kind"] == "inline"
-        server.told["key"] = "a-key-of-the-operators"
-        assert content(ask(server, "one")) == wanted(place, "one")
-        assert not psutil.Process(server.process.pid).children()
+def test_the_engine_can_be_in_the_gateways_process_and_traces_be_sent(place: Path) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with collector() as (url, spans):
+        with serving(place, "--engine", "inline", "--otlp", url, LUTHIER_API_KEY="a-key-of-the-operators") as server:
+            assert server.told["key"] is None and server.told["engine"]["kind"] == "inline"
+            server.told["key"] = "a-key-of-the-operators"
+            assert content(ask(server, "one", traceparent=f"00-{trace}-{parent}-01")) == wanted(place, "one")
+            assert not psutil.Process(server.process.pid).children()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(30) == 0
+        told = [span for span in spans if span.trace_id.hex() == trace]
+        assert {span.name for span in told} == {"POST /v1/chat/completions", "queue", "generate"}
+        [request] = [span for span in told if span.name.startswith("POST")]
+        assert request.parent_span_id.hex() == parent and attributes(request)["gen_ai.request.model"] == "one"
 
 
 def is_refused(server: Server) -> bool:

@@ -1,14 +1,11 @@
 """Traces arrive at a real receiver of OTLP over HTTP, as protobuf, and continue the caller's."""
 
-import gzip
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from tests.otlp_collector import attributes, collector
 
 from luthier.engine.jobs import Event
 from luthier.engine.requests import Completion
@@ -23,30 +20,8 @@ PARENT = "b7ad6b7169203331"
 
 @pytest.fixture
 def receiver() -> Iterator[tuple[str, list[Any]]]:
-    """A collector: its address, and the spans that it got."""
-    spans: list[Any] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.headers.get("Content-Encoding") == "gzip":
-                body = gzip.decompress(body)
-            assert self.path == "/v1/traces" and self.headers["Content-Type"] == "application/x-protobuf"
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                for scope in resource.scope_spans:
-                    spans.extend(scope.spans)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1/traces", spans
-    server.shutdown()
-    server.server_close()
+    with collector() as found:
+        yield found
 
 
 def notes_of(traceparent: str | None) -> Observed:
@@ -58,10 +33,6 @@ def notes_of(traceparent: str | None) -> Observed:
     answer.saw(Event("", (), (), Completion("x", (5,), "stop", 3, queue_seconds=0.01)))
     notes.seconds = time.monotonic() - notes.began
     return notes
-
-
-def attributes(span: Any) -> dict[str, Any]:
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes}
 
 
 def test_spans_arrive_and_continue_the_callers_trace(receiver) -> None:
