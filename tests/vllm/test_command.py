@@ -57,7 +57,7 @@ def test_a_tenant_is_answered_as_by_luthiers_own_engine(scene, server, keys):
     with ThreadPoolExecutor(len(asked)) as clients:
         answers = list(clients.map(lambda each: ask(server, keys["acme"], each[0] or "base", each[1]), asked))
     for (name, text), answer in zip(asked, answers, strict=True):
-        wanted = scene.wanted[name, tuple(scene.tokenizer(text)["input_ids"])]
+        wanted = scene.texts[name, tuple(scene.tokenizer(text)["input_ids"])]
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["text"] == wanted.text
         assert answer.json()["usage"]["completion_tokens"] >= len(wanted.token_ids)
@@ -98,7 +98,7 @@ def test_after_kill_9_of_vllm_under_load_it_says_503_and_answers_again(scene, se
             statuses.append(ask(server, keys["acme"], name or "base").status_code)
             time.sleep(0.2)
 
-    ready = server.url.removesuffix("/v1") + "/ready"
+    ready = server.url.removesuffix("/v1") + "/health/ready"
     clients = [threading.Thread(target=client, args=[name]) for name in (None, *scene.adapters[:3])]
     for each in clients:
         each.start()
@@ -116,7 +116,7 @@ def test_after_kill_9_of_vllm_under_load_it_says_503_and_answers_again(scene, se
     assert 503 in statuses and set(statuses) <= {200, 503}
     assert set(statuses[-4:]) == {200}
     name, text = scene.adapters[0], PROMPTS[1]
-    wanted = scene.wanted[name, tuple(scene.tokenizer(text)["input_ids"])]
+    wanted = scene.texts[name, tuple(scene.tokenizer(text)["input_ids"])]
     assert ask(server, keys["acme"], name, text).json()["choices"][0]["text"] == wanted.text
 
 
