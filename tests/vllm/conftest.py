@@ -64,11 +64,13 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
         register(registry, folder, name=f"acme/{name}", tenant="acme", base=said, **SAID)
     adapters = {f"acme/{name}:1": folder for name, folder in folders.items()}
     prompts = [tuple(tiny_tokenizer(text)["input_ids"]) for text in PROMPTS]
-    sampling = Sampling(max_new_tokens=TOKENS, logprobs=2)
+    # Past the model's own stop tokens, so that each answer is of so many tokens; over HTTP they count.
+    sampling = Sampling(max_new_tokens=TOKENS, logprobs=2, ignore_eos=True)
     with Engine(model, tiny_tokenizer, adapters=adapters) as engine:
-        wanted = {
-            (name, prompt): engine.generate([prompt], name, sampling)[0] for name in (None, *adapters) for prompt in prompts
-        }
+        wanted, texts = (
+            {(name, prompt): engine.generate([prompt], name, how)[0] for name in (None, *adapters) for prompt in prompts}
+            for how in (sampling, Sampling(max_new_tokens=TOKENS))
+        )
     return SimpleNamespace(
         place=place,
         base=base,
@@ -79,6 +81,7 @@ def scene(tiny_llama, tiny_tokenizer, tmp_path_factory) -> SimpleNamespace:
         prompts=prompts,
         sampling=sampling,
         wanted=wanted,
+        texts=texts,
     )
 
 

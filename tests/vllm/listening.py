@@ -1,8 +1,13 @@
 """Who listens where: the process tree of a supervised vLLM, its TCP ports, and whether one of them speaks HTTP."""
 
+import os
 import socket
+from pathlib import Path
 
 import psutil
+
+LISTEN = "0A"
+"""TCP_LISTEN in /proc/net/tcp."""
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -13,13 +18,26 @@ def tree(pid: int) -> list[psutil.Process]:
 
 def ports(pid: int) -> set[tuple[str, int]]:
     """Return (address, port) of every TCP socket that the tree listens on, as its own network sees them."""
-    found = set()
+    found: set[tuple[str, int]] = set()
     for process in tree(pid):
-        try:
+        if os.readlink(f"/proc/{process.pid}/ns/net") != os.readlink("/proc/self/ns/net"):
+            found |= _listed(process.pid)  # all that is in its network is its own
+        else:
             connections = process.net_connections("tcp")
-        except psutil.Error:
-            continue
-        found |= {tuple(each.laddr) for each in connections if each.status == psutil.CONN_LISTEN}
+            found |= {tuple(each.laddr) for each in connections if each.status == psutil.CONN_LISTEN}
+    return found
+
+
+def _listed(pid: int) -> set[tuple[str, int]]:
+    """The listening sockets in /proc/PID/net, which psutil does not read for other networks."""
+    found = set()
+    for file, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pid}/net/{file}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == LISTEN:
+                address, port = words[1].split(":")
+                raw = b"".join(bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8))
+                found.add((socket.inet_ntop(family, raw), int(port, 16)))
     return found
 
 

@@ -9,6 +9,8 @@ from tests.vllm.conftest import TOKENS
 from luthier.engine.requests import Constraint, Sampling
 from luthier.serve.vllm.command import RAW_BASE
 
+ALL_TOKENS = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
 
 def check(found, wanted) -> None:
     """Compare with what the embedded engine answered."""
@@ -21,6 +23,7 @@ def check(found, wanted) -> None:
 
 def test_the_adapters_answer_otherwise_than_the_base(scene):
     """Without this the tests below would prove nothing."""
+    assert {len(answer.token_ids) for answer in scene.wanted.values()} == {TOKENS}
     for name in scene.adapters:
         assert any(scene.wanted[name, prompt].token_ids != scene.wanted[None, prompt].token_ids for prompt in scene.prompts)
 
@@ -45,7 +48,7 @@ def test_without_the_zero_adapter_rows_of_the_base_would_be_wrong(scene, vllm):
     """
 
     async def ask(model, prompt):
-        body = {"model": model, "prompt": list(prompt), "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
+        body = {"model": model, "prompt": list(prompt), **ALL_TOKENS}
         told = await vllm.backend.supervisor.client.post("/v1/completions", json=body)
         return tuple(told.json()["choices"][0]["token_ids"])
 
@@ -57,7 +60,7 @@ def test_without_the_zero_adapter_rows_of_the_base_would_be_wrong(scene, vllm):
     answers = [
         (scene.wanted[None, prompt].token_ids, ids) for (model, prompt), ids in zip(rows, found, strict=True) if model == RAW_BASE
     ]
-    assert any(ids[: len(wanted)] != wanted for wanted, ids in answers)
+    assert any(ids != wanted for wanted, ids in answers)
 
 
 def test_more_adapters_than_slots_take_turns(scene, vllm):
@@ -70,18 +73,15 @@ def test_the_socket_itself_gives_the_same_tokens(scene, vllm):
     """Without the backend: vLLM resolves the name through the plugin when it is first asked for it."""
     name, prompt = scene.adapters[0], scene.prompts[0]
     vllm.call(vllm.backend.unload(name))
-    body = {"model": name, "prompt": list(prompt), "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
-    body |= {"stop_token_ids": [scene.tokenizer.eos_token_id]}
+    body = {"model": name, "prompt": list(prompt), **ALL_TOKENS}
     told = vllm.call(vllm.backend.supervisor.client.post("/v1/completions", json=body)).json()
-    ids = told["choices"][0]["token_ids"]
-    assert tuple(token for token in ids if token != scene.tokenizer.eos_token_id) == scene.wanted[name, prompt].token_ids
+    assert tuple(told["choices"][0]["token_ids"]) == scene.wanted[name, prompt].token_ids
 
 
 def test_the_bare_base_by_vllms_own_name_is_what_the_zero_adapter_answers(scene, vllm):
-    body = {"model": RAW_BASE, "prompt": list(scene.prompts[0]), "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
+    body = {"model": RAW_BASE, "prompt": list(scene.prompts[0]), **ALL_TOKENS}
     told = vllm.call(vllm.backend.supervisor.client.post("/v1/completions", json=body)).json()
-    wanted = scene.wanted[None, scene.prompts[0]].token_ids
-    assert tuple(told["choices"][0]["token_ids"])[: len(wanted)] == wanted
+    assert tuple(told["choices"][0]["token_ids"]) == scene.wanted[None, scene.prompts[0]].token_ids
 
 
 def test_there_is_as_much_room_as_the_model_has(vllm):
@@ -90,11 +90,10 @@ def test_there_is_as_much_room_as_the_model_has(vllm):
 
 def test_stop_texts_and_stop_tokens_end_an_answer(scene, vllm):
     wanted = scene.wanted[None, scene.prompts[0]]
-    assert len(wanted.token_ids) == TOKENS
     for place in (3, 7):
         token = wanted.token_ids[place]
         first = wanted.token_ids.index(token)
-        found = vllm.answer(scene.prompts[0], None, Sampling(max_new_tokens=TOKENS, stop_token_ids=(token,)))
+        found = vllm.answer(scene.prompts[0], None, scene.sampling.changed(stop_token_ids=(token,)))
         assert found.token_ids == wanted.token_ids[:first] and found.finish_reason == "stop"
 
 

@@ -57,7 +57,7 @@ def test_a_tenant_is_answered_as_by_luthiers_own_engine(scene, server, keys):
     with ThreadPoolExecutor(len(asked)) as clients:
         answers = list(clients.map(lambda each: ask(server, keys["acme"], each[0] or "base", each[1]), asked))
     for (name, text), answer in zip(asked, answers, strict=True):
-        wanted = scene.wanted[name, tuple(scene.tokenizer(text)["input_ids"])]
+        wanted = scene.texts[name, tuple(scene.tokenizer(text)["input_ids"])]
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["text"] == wanted.text
         assert answer.json()["usage"]["completion_tokens"] >= len(wanted.token_ids)
@@ -84,9 +84,10 @@ def test_no_port_of_vllms_answers(server):
     keeper = keeper_of(server)
     assert len(tree(keeper)) >= 3
     outside = [address for address in addresses() if not address.startswith("127.")]
-    for _, port in ports(keeper):
-        assert not any(speaks_http(address, port) for address in addresses())
-        assert not any(is_open(address, port) for address in outside)
+    found = ports(keeper)
+    assert found and all(address in ("127.0.0.1", "::1") for address, _ in found)
+    assert not any(speaks_http(address, port) for _, port in found for address in addresses())
+    assert not any(is_open(address, port) for _, port in found for address in outside)
 
 
 def test_after_kill_9_of_vllm_under_load_it_says_503_and_answers_again(scene, server, keys):
@@ -98,7 +99,7 @@ def test_after_kill_9_of_vllm_under_load_it_says_503_and_answers_again(scene, se
             statuses.append(ask(server, keys["acme"], name or "base").status_code)
             time.sleep(0.2)
 
-    ready = server.url.removesuffix("/v1") + "/ready"
+    ready = server.url.removesuffix("/v1") + "/health/ready"
     clients = [threading.Thread(target=client, args=[name]) for name in (None, *scene.adapters[:3])]
     for each in clients:
         each.start()
@@ -116,7 +117,7 @@ def test_after_kill_9_of_vllm_under_load_it_says_503_and_answers_again(scene, se
     assert 503 in statuses and set(statuses) <= {200, 503}
     assert set(statuses[-4:]) == {200}
     name, text = scene.adapters[0], PROMPTS[1]
-    wanted = scene.wanted[name, tuple(scene.tokenizer(text)["input_ids"])]
+    wanted = scene.texts[name, tuple(scene.tokenizer(text)["input_ids"])]
     assert ask(server, keys["acme"], name, text).json()["choices"][0]["text"] == wanted.text
 
 

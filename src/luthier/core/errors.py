@@ -8,7 +8,8 @@
     ├── AdapterError(ValueError)         the adapter itself is at fault
     │   ├── AdapterFormatError           unreadable, truncated, tampered with or not finite
     │   ├── AdapterMismatchError         its tensors do not fit this model (all of them listed)
-    │   └── BaseMismatchError            its tensors fit, but it was trained on other weights
+    │   ├── BaseMismatchError            its tensors fit, but it was trained on other weights
+    │   └── UnservableError              it is sound, but this engine would answer wrongly with it
     ├── AdapterStateError(RuntimeError)  not possible now: merged, detached, no such adapter
     ├── ModelError(ValueError)           a base model cannot be found, fetched or read
     ├── DataError(ValueError)            a row or a data set cannot be used; names the row
@@ -71,6 +72,10 @@ class AdapterMismatchError(AdapterError):
 
 class BaseMismatchError(AdapterError):
     """An adapter's tensors fit, but it was trained on a base model with other weights."""
+
+
+class UnservableError(AdapterError):
+    """The adapter is sound, but the engine that serves would answer wrongly with it. The message is for clients: no paths."""
 
 
 class AdapterStateError(LuthierError, RuntimeError):

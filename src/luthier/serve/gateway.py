@@ -26,6 +26,7 @@ from luthier.core.errors import (
     QueueFullError,
     RefusedError,
     RequestError,
+    UnservableError,
 )
 from luthier.engine.jobs import Event
 from luthier.engine.requests import Sampling
@@ -346,6 +347,8 @@ def refusal_of(error: LuthierError) -> ApiError:
 def _unusable(error: LuthierError) -> str:
     if isinstance(error, BaseMismatchError):
         return "The adapter cannot be used here: it was trained on another base model. The server's log says more."
+    if isinstance(error, UnservableError):
+        return f"The adapter cannot be used here: {error}."
     if isinstance(error, AdapterStateError):
         return "The adapter cannot be used at this moment. Try again later."
     if isinstance(error, RefusedError):

@@ -42,6 +42,7 @@ RAISED = {
         errors.RefusedError,
         errors.RegistryError,
         errors.StorageError,
+        errors.UnservableError,
     )
 }
 """What the plugin may say by the name of its class."""

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from luthier.core.errors import AdapterError, BaseMismatchError, LuthierError, ModelError, RegistryError
+from luthier.core.errors import BaseMismatchError, LuthierError, ModelError, RegistryError, UnservableError
 from luthier.registry.resolving import Resolved, resolve_version
 from luthier.registry.versions import find_version
 from luthier.serve.vllm.checking import RANKS, Served, check_for_vllm
@@ -93,7 +93,7 @@ class RegistryResolver:
     def find(self, reference: str) -> Resolved:
         """Return a version on this machine that vLLM serves right. Reads files: not for an event loop.
 
-        Raises: RegistryError, RefusedError, BlobError, StorageError, AdapterFormatError, BaseMismatchError, AdapterError.
+        Raises: RegistryError, RefusedError, BlobError, StorageError, AdapterFormatError, BaseMismatchError, UnservableError.
         """
         if self._registry is None:
             from luthier.registry.place import open_registry
@@ -118,12 +118,12 @@ class RegistryResolver:
 
 
 def refuse_unfit(name: str, folder: Path, base: Served, max_rank: int, **known: Any) -> None:
-    """Raise BaseMismatchError or AdapterError, with all the reasons, for what `check_for_vllm` finds."""
+    """Raise BaseMismatchError or UnservableError, with all the reasons, for what `check_for_vllm` finds."""
     reasons = check_for_vllm(folder, base, max_rank, **known)
     if not reasons:
         return
-    kind = BaseMismatchError if any("trained on another base" in reason for reason in reasons) else AdapterError
-    raise kind(f"adapter '{name}' cannot be served by vLLM: " + "; ".join(reasons))
+    kind = BaseMismatchError if any("trained on another base" in reason for reason in reasons) else UnservableError
+    raise kind(f"vLLM would not serve {name} right: " + "; ".join(reasons))
 
 
 def id_of(found: Resolved) -> int:

@@ -7,7 +7,7 @@ from tests.served_adapters import flip_bit, save_random_adapter
 from tests.unfit_adapters import MAX_RANK
 
 from luthier.adapt import detach
-from luthier.core.errors import AdapterError, BaseMismatchError, RefusedError, RegistryError
+from luthier.core.errors import BaseMismatchError, RefusedError, RegistryError, UnservableError
 from luthier.registry.place import open_registry
 from luthier.registry.registering import register
 from luthier.registry.schema import AdapterVersion
@@ -122,7 +122,7 @@ def test_a_registry_that_is_away_is_said_so(tmp_path, served):
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"), [("other_base", BaseMismatchError), ("dora", AdapterError), ("high_rank", AdapterError)]
+    ("kind", "error"), [("other_base", BaseMismatchError), ("dora", UnservableError), ("high_rank", UnservableError)]
 )
 def test_what_vllm_would_serve_wrongly_is_refused(kind, error, registry, resolver, unfit):
     folder, words = unfit[kind]
