@@ -30,6 +30,16 @@ from luthier.core.errors import MissingExtraError, RegistryError
 from luthier.registry.columns import Row
 
 BUSY_SECONDS = 60.0
+PATIENCE = {
+    "connect_timeout": 10,
+    "tcp_user_timeout": 30_000,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+}
+"""libpq's settings (seconds, one in milliseconds), where the URL does not say others: a server that vanished without a word is
+noticed within a minute, not after two hours.
+"""
 _mine = threading.local()
 
 
@@ -96,7 +106,8 @@ def open_database(url: str) -> Database:
         event.listen(engine, "begin", _begin_sqlite)
     else:
         try:
-            engine = create_engine(parsed, pool_pre_ping=True)
+            patience = {name: value for name, value in PATIENCE.items() if name not in parsed.query}
+            engine = create_engine(parsed, pool_pre_ping=True, connect_args=patience)
         except ModuleNotFoundError as error:
             raise MissingExtraError("psycopg", "postgres", "A registry on PostgreSQL") from error
     return Database(parsed, engine)

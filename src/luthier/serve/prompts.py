@@ -54,22 +54,27 @@ class Prompts:
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages") from error
         form, knows_tools = format_of(template)
         turns = _turns(messages, template, knows_tools)
-        if tools and not knows_tools:
-            turns = _told(turns, description_of(tools))
+        if not tools or knows_tools:
+            text = self._rendered(turns, template, listed)
+        else:
+            description = description_of(tools)
+            try:
+                text = self._rendered(_told(turns, description), template, None)
+            except ApiError:  # some templates (Gemma 2's) know no system
+                text = self._rendered(_told_first(turns, description), template, None)
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"]), form
+
+    def _rendered(self, turns: list[dict[str, Any]], template: str, tools: list[dict[str, Any]] | None) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns,
-                tools=listed if knows_tools else None,
-                chat_template=template,
-                add_generation_prompt=True,
-                tokenize=False,
+            text: str = self._tokenizer.apply_chat_template(
+                turns, tools=tools, chat_template=template, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # a template can do anything wrong that an expression can
             roles = ", ".join(str(turn["role"]) for turn in turns[:20])
             raise ApiError(
                 400, f"The model's chat template refuses this conversation (turns: {roles}): {error}", param="messages"
             ) from error
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"]), form
+        return text
 
 
 def _turns(messages: Sequence[Message], template: str, knows_tools: bool) -> list[dict[str, Any]]:
@@ -138,3 +143,10 @@ def _told(turns: list[dict[str, Any]], description: str) -> list[dict[str, Any]]
     if turns and turns[0]["role"] == "system":
         return [{**turns[0], "content": f"{turns[0]['content']}\n\n{description}"}, *turns[1:]]
     return [{"role": "system", "content": description}, *turns]
+
+
+def _told_first(turns: list[dict[str, Any]], description: str) -> list[dict[str, Any]]:
+    """Put the tools in front of what is said first."""
+    return [
+        {**turn, "content": f"{description}\n\n{turn['content']}"} if place == 0 else turn for place, turn in enumerate(turns)
+    ]

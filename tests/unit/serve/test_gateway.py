@@ -44,7 +44,7 @@ class Scene:
             record(answer)
 
         self.ledger.record = listening  # type: ignore[method-assign]
-        self.gateway = Gateway(ServeSettings(served_name="base"), self.backend, _NoWords(), FixedViews(what), ledger=self.ledger)
+        self.gateway = Gateway(ServeSettings(served_name="base"), self.backend, None, FixedViews(what), ledger=self.ledger)
 
     def run(self, scenario: Coroutine[Any, Any, None]) -> None:
         """Run a test's steps with the gateway's life around them."""
@@ -84,12 +84,6 @@ class _Nobody:
     def tokens_of(self, day: Any) -> Any:
         """Raise."""
         raise OSError("away")
-
-
-class _NoWords:
-    """Stands where a tokenizer is not asked for anything."""
-
-    chat_template = None
 
 
 @pytest.fixture

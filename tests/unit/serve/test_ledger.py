@@ -7,12 +7,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
@@ -245,6 +247,47 @@ def test_a_server_that_is_killed_loses_nothing_that_it_told(registry: Registry, 
     assert told.items() <= books.items()
     # The last line of a life may have been written and not told: killed in between.
     assert len(books) - len(told) <= 4
+
+
+def test_a_gateway_is_killed_under_load_and_what_clients_got_is_billed_once(registry: Registry, tmp_path: Path) -> None:
+    """Over HTTP: every answer that a client has read to its end is in the books once, whichever life of the server gave it."""
+    key, place = key_for(registry, "acme", "client"), str(Path(registry.place).parent)
+    command = [sys.executable, str(ROOT / "tests/killed_server.py"), place, str(tmp_path / "state")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    got: dict[str, int] = {}
+
+    def ask_on(url: str, stop: threading.Event) -> None:
+        body = {"model": "base", "prompt": [1, 2, 3], "max_tokens": 4}
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as client:
+            while not stop.is_set():
+                try:
+                    answer = client.post("/v1/completions", json=body)
+                except httpx.TransportError:
+                    return  # it was killed
+                assert answer.status_code == 200, answer.text
+                got[answer.json()["id"]] = answer.json()["usage"]["total_tokens"]
+
+    for life in range(3):
+        stop = threading.Event()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as server:
+            assert server.stdout is not None
+            url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+            clients = [threading.Thread(target=ask_on, args=(url, stop)) for _ in range(4)]
+            for client in clients:
+                client.start()
+            before, until_moment = len(got), time.monotonic() + 60
+            while len(got) < before + 40:
+                assert time.monotonic() < until_moment, "nobody was answered"
+                time.sleep(0.01)
+            time.sleep(0.3 * life)
+            server.send_signal(signal.SIGKILL)
+            for client in clients:
+                client.join(60)
+            stop.set()
+    asyncio.run(send_all(tmp_path / "state" / "usage", registry))
+    books = in_the_books(registry)
+    assert got.items() <= books.items()
+    assert len(books) - len(got) <= 3 * 4  # written down, and the client did not get it any more
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,33 @@ def test_a_call_that_has_to_be_made(real):
     assert call.function.name == "capital" and json.loads(call.function.arguments)["country"] == "France"
 
 
+def test_a_call_that_the_model_makes_by_itself_whole_and_in_a_stream(real):
+    """Two calls went before, so that even this model knows what is wanted; nothing holds its answer."""
+    _, client = real
+    parameters = {"type": "object", "properties": {"country": {"type": "string"}}, "required": ["country"]}
+    tool = {"type": "function", "function": {"name": "capital", "description": "Capital of a country.", "parameters": parameters}}
+    messages = []
+    for country, city in (("Italy", "Rome"), ("Spain", "Madrid")):
+        function = {"name": "capital", "arguments": json.dumps({"country": country})}
+        messages += [
+            {"role": "user", "content": f"What is the capital of {country}?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": city, "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": city, "content": city},
+            {"role": "assistant", "content": f"It is {city}."},
+        ]
+    asked = {"model": "smollm2", "messages": messages + ASKED, "tools": [tool], "temperature": 0, "max_tokens": 60}
+    answer = client.chat.completions.create(**asked).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("capital", {"country": "France"})
+    assert (answer.message.content, answer.finish_reason) == (None, "tool_calls")
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
+    assert len(deltas) > 2 and deltas[0].function.name == "capital"  # arguments come while they are made
+    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
 def test_a_model_that_does_not_pool_has_no_embeddings(real):
     _, client = real
     with pytest.raises(openai.BadRequestError, match=r"no modules\.json"):

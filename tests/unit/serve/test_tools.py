@@ -1,5 +1,6 @@
 """Tools: what the model is told, how its answer is held to a call, and what clients get of it."""
 
+import asyncio
 import copy
 import json
 from typing import Literal
@@ -13,6 +14,8 @@ from tests.serve_scene import gateway_over
 from luthier.engine import Constraint
 from luthier.engine.constraints import Constraints
 from luthier.serve.chat_bodies import ChatBody
+from luthier.serve.errors import ApiError
+from luthier.serve.prompts import Prompts
 from luthier.serve.tools import HERMES, LLAMA, grammar_of
 
 ASKED = [{"role": "user", "content": "How is the weather in Cremona?"}]
@@ -233,6 +236,23 @@ def test_the_prompt_tells_tools_calls_and_what_they_gave(told):
     assert text.endswith("<|im_start|>assistant\n")
     answer = ask(client, messages=messages, max_tokens=1)
     assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_where_a_template_knows_no_system_the_tools_stand_before_the_question(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + QWEN[
+        QWEN.index("{%- for message") :
+    ].replace("<tool_call>", "")
+    prompts = Prompts(tokenizer)
+    body = ChatBody.model_validate({"model": "tiny", "messages": ASKED, "tools": TOOLS})
+    ids, form = asyncio.run(prompts.chat(body.messages, body.usable_tools))
+    text = tokenizer.decode(ids)
+    assert form is HERMES
+    assert text.startswith("<|im_start|>user\n") and text.index("Tells the weather.") < text.index("How is the weather")
+    system = ChatBody.model_validate({"model": "tiny", "messages": [{"role": "system", "content": "x"}, *ASKED], "tools": TOOLS})
+    with pytest.raises(ApiError, match="no system here"):
+        asyncio.run(prompts.chat(system.messages, system.usable_tools))
+    prompts.close()
 
 
 def test_a_schema_for_texts_and_tools_together(told):
