@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 # vLLM pins its own torch and much else, so it has an environment to itself; only the tests of `test-vllm` talk to it.
 VLLM   := .venv-vllm
 ARGS   ?=
+# Test files are shared out to a process for each processor, four at most; each computes with one thread. ARGS="-n 0": one process.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # A variable, since a comma would part the arguments of `call`.
 RUN    := .[gguf,plots]
 
@@ -38,7 +40,7 @@ quickstart: $(VENV)/.stamp-run ## train an adapter on this machine in minutes an
 	$(BIN)/luthier quickstart $(ARGS)
 
 test: $(VENV)/.stamp-dev ## run all tests (the real small model is fetched once into the user's cache)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-vllm: $(VENV)/.stamp-dev $(VLLM)/.stamp ## run the tests against a real vLLM, in an environment of its own (3.5 GB)
 	LUTHIER_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm $(ARGS)
