@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from luthier.data.render import special_texts
 from luthier.serve.chat_bodies import AssistantMessage, Content, Message, SystemMessage, Tool, ToolMessage
 from luthier.serve.errors import ApiError
 from luthier.serve.tokens import TokenTexts
@@ -52,7 +53,7 @@ class Prompts:
             template: str = self._tokenizer.get_chat_template(tools=listed)
         except ValueError as error:
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages") from error
-        form, knows_tools = format_of(template)
+        form, knows_tools = format_of(template, special_texts(self._tokenizer))
         turns = _turns(messages, template, knows_tools)
         if not tools or knows_tools:
             text = self._rendered(turns, template, listed)

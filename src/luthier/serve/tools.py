@@ -10,7 +10,7 @@ read as it comes (calls.py).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,17 @@ class CallFormat:
 
 HERMES = CallFormat("<tool_call>\n", "\n</tool_call>", "\n", "arguments")
 LLAMA = CallFormat("", "", "; ", "parameters")
+BARE = CallFormat("", "", "\n", "arguments")
+"""Hermes' form where its marks are control tokens, which no text shows."""
 
 
-def format_of(template: str) -> tuple[CallFormat, bool]:
-    """Return how a model with this chat template writes calls, and whether the template tells it of its tools."""
+def format_of(template: str, control: Collection[str] = ()) -> tuple[CallFormat, bool]:
+    """Return how a model with this chat template writes calls, and whether the template tells it of its tools.
+
+    `control` are the texts of control tokens.
+    """
     if "tools" in template and "<tool_call>" in template:
-        return HERMES, True
+        return BARE if "<tool_call>" in control else HERMES, True
     if "tools" in template and '"parameters"' in template:
         return LLAMA, True
     return HERMES, False

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.serve.calls import CallDelta, CallReader, JsonEnd
-from luthier.serve.tools import HERMES, LLAMA
+from luthier.serve.tools import BARE, HERMES, LLAMA
 
 NAMES = ["weather", "refret"]
 
@@ -52,7 +52,18 @@ LLAMA_TEXTS = {
     '{"name": "unknown", "parameters": {}} and more': ('{"name": "unknown", "parameters": {}} and more', []),
     "just words": ("just words", []),
 }
-CASES = [(HERMES, *case) for case in HERMES_TEXTS.items()] + [(LLAMA, *case) for case in LLAMA_TEXTS.items()]
+BARE_TEXTS = {
+    '\n{"name": "weather", "arguments": {"city": "Cremona"}}\n\n{"name": "refret", "arguments": {}}\n': (
+        "",
+        [("weather", {"city": "Cremona"}), ("refret", {})],
+    ),
+    "It is sunny.\n": ("It is sunny.\n", []),
+}
+CASES = (
+    [(BARE, *case) for case in BARE_TEXTS.items()]
+    + [(HERMES, *case) for case in HERMES_TEXTS.items()]
+    + [(LLAMA, *case) for case in LLAMA_TEXTS.items()]
+)
 
 
 def read(form, pieces):

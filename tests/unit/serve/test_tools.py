@@ -16,7 +16,7 @@ from luthier.engine.constraints import Constraints
 from luthier.serve.chat_bodies import ChatBody
 from luthier.serve.errors import ApiError
 from luthier.serve.prompts import Prompts
-from luthier.serve.tools import HERMES, LLAMA, grammar_of
+from luthier.serve.tools import BARE, HERMES, LLAMA, format_of, grammar_of
 
 ASKED = [{"role": "user", "content": "How is the weather in Cremona?"}]
 WEATHER = {
@@ -169,7 +169,14 @@ def written(form, *calls):
     return form.between.join(f"{form.opening}{call.replace('ARGUMENTS', form.arguments)}{form.closing}" for call in calls)
 
 
-@pytest.mark.parametrize("form", [HERMES, LLAMA], ids=["hermes", "llama"])
+def test_the_form_is_read_from_the_template():
+    assert format_of(QWEN) == (HERMES, True)
+    assert format_of(QWEN, ["<tool_call>", "</tool_call>"]) == (BARE, True)
+    assert format_of(LLAMA3) == (LLAMA, True)
+    assert format_of("{{ messages }}") == (HERMES, False)
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA, BARE], ids=["hermes", "llama", "bare"])
 @pytest.mark.parametrize(("has_to_call", "several"), [(True, True), (True, False), (False, True), (False, False)])
 def test_grammars_take_calls_that_are_valid_and_no_others(tiny_tokenizer, form, has_to_call, several):
     tools = ChatBody.model_validate({"model": "tiny", "messages": ASKED, "tools": TOOLS}).usable_tools
