@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -15,9 +15,6 @@ from luthier.registry.tenancy import Scope, digest_of_key
 from luthier.registry.view import BaseTarget, Caller, ServingView, Target, VersionTarget
 from luthier.serve.background import Repeating, Worker
 from luthier.serve.errors import unavailable
-
-if TYPE_CHECKING:
-    pass
 
 LOCAL = "local"
 FIRST_LOOK_SECONDS = 10.0
