@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import luthier
+from luthier.core.threads import SPINS
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "pandas", "matplotlib", "peft")
 ROOMS = [f"luthier.{room.name}" for room in pkgutil.iter_modules(luthier.__path__) if room.ispkg]
@@ -71,15 +72,19 @@ def test_threads_of_the_command_line_wait_without_spinning() -> None:
         assert run.stdout.splitlines()[-1] == expected
 
 
-def test_threads_of_a_server_wait_as_openmp_has_them_wait() -> None:
-    # The server has its cores to itself more often than not, and its engine is a third to a half slower with sleeping threads.
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_threads_of_an_engine_spin_for_a_moment(command: str) -> None:
+    # Asleep they cost the engine a third of its speed on quiet cores, and spinning for long most of it on busy ones.
     script = (
-        "import os, sys; from luthier.cli.app import main; sys.argv = ['luthier', 'serve', '--help']\n"
+        f"import os, sys; from luthier.cli.app import main; sys.argv = ['luthier', '{command}', '--help']\n"
         "try: main()\n"
-        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'))"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
     )
-    for given in (None, "PASSIVE"):
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        environment |= {"OMP_WAIT_POLICY": given} if given else {}
-        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-        assert run.stdout.splitlines()[-1] == str(given)
+    bare = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for given, expected in (
+        ({}, f"None {SPINS}"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "PASSIVE None"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7"),
+    ):
+        run = subprocess.run([sys.executable, "-c", script], env=bare | given, capture_output=True, text=True, check=True)
+        assert run.stdout.splitlines()[-1] == expected

@@ -28,6 +28,7 @@ from luthier.cli import (
 )
 from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
+from luthier.core.threads import spin_briefly
 
 # What typer raises for a command line that makes no sense. It carries a copy of click of its own and gives this class no
 # public name; BadParameter is the nearest that has one.
@@ -78,8 +79,9 @@ def main() -> None:
     """Run the command line. Exit status: 0 done, 1 it failed, 2 it was asked wrongly, 130 interrupted."""
     # Before torch is loaded: OpenMP threads that spin while they wait for each other take the processor from whatever else
     # runs. On a busy two-core machine a training step took three to seven times as long with them.
-    # `serve` decides for its engine, which costs a third to a half of its speed so (docs/lab-notes.md) and has idle moments.
-    if sys.argv[1:2] != ["serve"]:
+    if sys.argv[1:2] in (["serve"], ["generate"]):
+        spin_briefly(os.environ)
+    else:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     as_json = "--json" in sys.argv
     try:

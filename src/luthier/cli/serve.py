@@ -250,12 +250,11 @@ class Serving:
             from luthier.cli.serve_vllm import lines_of
 
             return lines_of(facts)
-        waiting = "sleep" if facts["wait_policy"] == "passive" else "spin"
         lines = [
             f"  weights   {facts['dtype']} Held as {facts['form']}.",
             f"  limits    {facts['max_running']} requests at a time over {facts['max_active_adapters']} adapters, "
             f"{facts['kv_tokens']:,} tokens in hand, {self.settings.max_waiting} under way",
-            f"  engine    {self.engine}, {facts['threads']} threads that {waiting} while they wait",
+            f"  engine    {self.engine}, {facts['threads']} threads that {facts['threads_wait']} while they wait",
         ]
         if facts["slow_because"]:
             lines.append(f"  slow      one request after another: {facts['slow_because']}")

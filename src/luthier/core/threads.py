@@ -1,12 +1,35 @@
-"""release_thread_pool(): the threads that one thread keeps for its parallel products end. Loads no torch."""
+"""Threads of parallel products: how they wait for work, and when those of an idle thread end. Loads no torch."""
 
 import ctypes
 import functools
 import re
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+SPINS = 20_000
+"""Turns in which a waiting thread asks again before it sleeps; GNU's OpenMP takes 300,000, unless told to sleep at once.
+
+An engine's step has hundreds of small products, and waking a sleeper for each costs a third of its speed; but whoever spins for long
+takes the processor from those it waits for, if there are others. So many turns are as quick as many more on quiet cores, and
+nearly as quick as sleeping at once on busy ones (docs/lab-notes.md, 2026-11-30).
+"""
+POLICY, TURNS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 
 SOFT = 1
 """`omp_pause_soft`, OpenMP 5.0 section 3.8: give back what is idle, keep what was set."""
+
+
+def spin_briefly(environment: MutableMapping[str, str]) -> None:
+    """Have the threads of a process that has not loaded torch yet spin for a moment and then sleep, unless it is set otherwise."""
+    if POLICY not in environment:
+        environment.setdefault(TURNS, str(SPINS))
+
+
+def how_threads_wait(environment: Mapping[str, str]) -> str:
+    """Return what threads do while they wait, in words, by what was set before torch was loaded."""
+    if policy := environment.get(POLICY):
+        return "sleep" if policy.lower() == "passive" else "spin"
+    return "spin for a moment, then sleep" if TURNS in environment else "spin"
 
 
 def release_thread_pool() -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.core.threads import how_threads_wait
 from luthier.serve.backend import EngineBackend
 from luthier.serve.settings import EngineSettings
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What an engine came to be. `path` is the folder of base and tokenizer, `wait_policy` how its threads wait for work,
+    """What an engine came to be. `path` is the folder of base and tokenizer, `threads_wait` how its threads wait for work,
     `fingerprint` that of the base, as plain JSON."""
 
     path: str
@@ -25,7 +26,7 @@ class EngineFacts:
     kv_tokens: int
     max_request_tokens: int | None
     threads: int
-    wait_policy: str
+    threads_wait: str
     slow_because: str | None
 
 
@@ -65,7 +66,7 @@ def load_backend(settings: EngineSettings, progress: Callable[[str], None] | Non
         kv_tokens=engine.limits.kv_tokens,
         max_request_tokens=engine.limits.max_request_tokens,
         threads=torch.get_num_threads(),
-        wait_policy=os.environ.get("OMP_WAIT_POLICY", "").lower() or "default",
+        threads_wait=how_threads_wait(os.environ),
         slow_because=engine.slow_because,
     )
     return EngineBackend(engine, settings.adapters), facts

@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from luthier.core.errors import EngineError, LuthierError
+from luthier.core.threads import spin_briefly
 from luthier.engine.jobs import Event
 from luthier.serve.backend import Ask
 from luthier.serve.settings import EngineSettings
@@ -61,6 +62,7 @@ class ProcessBackend:
         self.restarts = 0
         self._progress = progress
         self._environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        spin_briefly(self._environment)
         self._pauses = (pause_seconds, longest_pause_seconds)
         self._life: _Life | None = None
         self._away: str | None = "the engine has not been started"

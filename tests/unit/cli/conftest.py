@@ -32,6 +32,7 @@ def luthier(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     log = logging.getLogger("luthier")
     before = (list(log.handlers), log.level, log.propagate)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # where a line is broken would depend on how long the name of this folder is
 
     def run(*words: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
