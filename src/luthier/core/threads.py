@@ -9,9 +9,9 @@ from pathlib import Path
 SPINS = 20_000
 """Turns in which a waiting thread asks again before it sleeps; GNU's OpenMP takes 300,000, unless told to sleep at once.
 
-An engine's step has hundreds of small products, and waking a sleeper for each costs a third of its speed; but whoever spins for long
-takes the processor from those it waits for, if there are others. So many turns are as quick as many more on quiet cores, and
-nearly as quick as sleeping at once on busy ones (docs/lab-notes.md, 2026-11-30).
+An engine's step has hundreds of small products, and waking a sleeper for each costs a third of its speed; but whoever spins for
+long takes the processor from those it waits for, if there are others. So many turns are as quick as many more on quiet cores,
+and nearly as quick as sleeping at once on busy ones (docs/lab-notes.md, 2026-11-30).
 """
 POLICY, TURNS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 
@@ -20,7 +20,7 @@ SOFT = 1
 
 
 def spin_briefly(environment: MutableMapping[str, str]) -> None:
-    """Have the threads of a process that has not loaded torch yet spin for a moment and then sleep, unless it is set otherwise."""
+    """Have the threads of a process that is yet to load torch spin for a moment and then sleep, unless it is set otherwise."""
     if POLICY not in environment:
         environment.setdefault(TURNS, str(SPINS))
 
