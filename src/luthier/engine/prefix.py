@@ -2,7 +2,8 @@
 
 Kept in blocks of BLOCK tokens, each under a digest of everything that its numbers depend on: the adapters (by content) with their
 weights, and all tokens up to its end. So requests of different adapters can never share, and a changed adapter has other keys by
-itself. Blocks are copies: evicting one hurts no running request.
+itself. Blocks are copies: evicting one hurts no running request. They lie in one piece of memory that is made once: as tensors
+of their own, coming and going between a step's temporaries, they left holes, and a process grew by a block a request for good.
 
 Shapes: L layers, H KV heads, D head width.
 """
@@ -26,47 +27,59 @@ class PrefixCache:
         self.limit_bytes = limit_bytes
         self.bytes = 0
         self.hits = self.misses = 0
-        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._places: OrderedDict[bytes, int] = OrderedDict()
         self._made_with: dict[bytes, Mix] = {}
+        self._pool: Tensor | None = None  # (blocks, 2, L, H, BLOCK, D); the kernel gives a page when it is first written
+        self._free: list[int] = []
 
     def match(self, mix: Mix, tokens: Sequence[int]) -> int:
         """Return how many of the first tokens are kept, never all: the last one must run to be continued."""
         found = 0
         for digest in _digests(mix, tokens[: len(tokens) - 1]):
-            if digest not in self._blocks:
+            if digest not in self._places:
                 break
             found += BLOCK
         return found
 
     def read(self, mix: Mix, tokens: Sequence[int]) -> Tensor | None:
         """Return what is kept of the beginning, (2, L, H, tokens, D), None if nothing is."""
-        blocks = []
+        places = []
         for digest in _digests(mix, tokens[: len(tokens) - 1]):
-            if digest not in self._blocks:
+            if digest not in self._places:
                 break
-            self._blocks.move_to_end(digest)
-            blocks.append(self._blocks[digest])
-        self.hits += len(blocks)
-        self.misses += (len(tokens) - 1) // BLOCK - len(blocks)
-        return torch.cat(blocks, dim=3) if blocks else None
+            self._places.move_to_end(digest)
+            places.append(self._places[digest])
+        self.hits += len(places)
+        self.misses += (len(tokens) - 1) // BLOCK - len(places)
+        if not places:
+            return None
+        assert self._pool is not None
+        return torch.cat([self._pool[place] for place in places], dim=3)
 
     def missing(self, mix: Mix, tokens: Sequence[int]) -> int | None:
         """Return the first token whose block is not kept yet, None if all whole blocks are."""
         for place, digest in enumerate(_digests(mix, tokens)):
-            if digest not in self._blocks:
+            if digest not in self._places:
                 return place * BLOCK
         return None
 
     def keep(self, mix: Mix, tokens: Sequence[int], start: int, kept: Tensor) -> None:
         """Keep the blocks from token `start` on; `kept` (2, L, H, tokens, D) begins there."""
-        for place, digest in enumerate(_digests(mix, tokens)):
-            at = place * BLOCK - start
-            if at < 0 or digest in self._blocks:
+        block_bytes = kept[:, :, :, :1].numel() * BLOCK * kept.element_size()
+        if self._pool is None:
+            shape = (*kept.shape[:3], BLOCK, kept.shape[4])
+            self._pool = kept.new_empty((self.limit_bytes // block_bytes, *shape))
+            self._free = list(range(len(self._pool)))[::-1]
+        for number, digest in enumerate(_digests(mix, tokens)):
+            at = number * BLOCK - start
+            if at < 0 or digest in self._places or not len(self._pool):
                 continue
-            self._blocks[digest], self._made_with[digest] = kept[:, :, :, at : at + BLOCK].clone(), mix
-            self.bytes += self._blocks[digest].numel() * kept.element_size()
-        while self.bytes > self.limit_bytes:
-            self._drop(next(iter(self._blocks)))
+            if not self._free:
+                self._drop(next(iter(self._places)))
+            place = self._free.pop()
+            self._pool[place].copy_(kept[:, :, :, at : at + BLOCK])
+            self._places[digest], self._made_with[digest] = place, mix
+            self.bytes += block_bytes
 
     def keep_only(self, keys: Collection[str]) -> None:
         """Drop the blocks that were computed with an adapter that is none of these; those of the base stay."""
@@ -74,9 +87,10 @@ class PrefixCache:
             self._drop(digest)
 
     def _drop(self, digest: bytes) -> None:
-        forgotten = self._blocks.pop(digest)
+        assert self._pool is not None
+        self._free.append(self._places.pop(digest))
         del self._made_with[digest]
-        self.bytes -= forgotten.numel() * forgotten.element_size()
+        self.bytes -= self._pool[0].numel() * self._pool.element_size()
 
 
 def _digests(mix: Mix, tokens: Sequence[int]) -> list[bytes]:
