@@ -9,6 +9,7 @@ Shapes: L layers, H KV heads, D head width.
 """
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from luthier.engine.requests import Mix
 
 BLOCK = 32
+Digest = bytes
 
 
 class PrefixCache:
@@ -25,12 +27,16 @@ class PrefixCache:
 
     def __init__(self, limit_bytes: int):
         self.limit_bytes = limit_bytes
-        self.bytes = 0
         self.hits = self.misses = 0
-        self._places: OrderedDict[bytes, int] = OrderedDict()
-        self._made_with: dict[bytes, Mix] = {}
+        self._places: OrderedDict[Digest, int] = OrderedDict()
+        self._made_with: dict[Digest, Mix] = {}
         self._pool: Tensor | None = None  # (blocks, 2, L, H, BLOCK, D); the kernel gives a page when it is first written
         self._free: list[int] = []
+
+    @property
+    def bytes(self) -> int:
+        """How much of the limit is taken."""
+        return len(self._places) * self._pool[0].nbytes if self._pool is not None and len(self._pool) else 0
 
     def match(self, mix: Mix, tokens: Sequence[int]) -> int:
         """Return how many of the first tokens are kept, never all: the last one must run to be continued."""
@@ -65,9 +71,9 @@ class PrefixCache:
 
     def keep(self, mix: Mix, tokens: Sequence[int], start: int, kept: Tensor) -> None:
         """Keep the blocks from token `start` on; `kept` (2, L, H, tokens, D) begins there."""
-        block_bytes = kept[:, :, :, :1].numel() * BLOCK * kept.element_size()
         if self._pool is None:
             shape = (*kept.shape[:3], BLOCK, kept.shape[4])
+            block_bytes = math.prod(shape) * kept.element_size()
             self._pool = kept.new_empty((self.limit_bytes // block_bytes, *shape))
             self._free = list(range(len(self._pool)))[::-1]
         for number, digest in enumerate(_digests(mix, tokens)):
@@ -79,21 +85,18 @@ class PrefixCache:
             place = self._free.pop()
             self._pool[place].copy_(kept[:, :, :, at : at + BLOCK])
             self._places[digest], self._made_with[digest] = place, mix
-            self.bytes += block_bytes
 
     def keep_only(self, keys: Collection[str]) -> None:
         """Drop the blocks that were computed with an adapter that is none of these; those of the base stay."""
         for digest in [digest for digest, mix in self._made_with.items() if any(key not in keys for key, _ in mix)]:
             self._drop(digest)
 
-    def _drop(self, digest: bytes) -> None:
-        assert self._pool is not None
+    def _drop(self, digest: Digest) -> None:
         self._free.append(self._places.pop(digest))
         del self._made_with[digest]
-        self.bytes -= self._pool[0].numel() * self._pool.element_size()
 
 
-def _digests(mix: Mix, tokens: Sequence[int]) -> list[bytes]:
+def _digests(mix: Mix, tokens: Sequence[int]) -> list[Digest]:
     """One digest for each whole block; each holds those before it."""
     digests, before = [], repr(sorted(mix)).encode()
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):

@@ -72,12 +72,6 @@ def make_app(gateway: Gateway, readers: Iterable[Reader] = ()) -> FastAPI:
     return app
 
 
-def gateway_of(request: Request) -> Gateway:
-    """Return the gateway behind a request."""
-    gateway: Gateway = request.app.state.gateway
-    return gateway
-
-
 class RequestIds:
     """ASGI middleware: each answer says its request's id in X-Request-Id: the client's own, or a new one.
 

@@ -119,6 +119,11 @@ class Asked(Body):
             raise ValueError("stream_options has no effect without stream=true")
         return self
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with what it took."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
     def samplings(self, max_new_tokens: int, logprobs: int | None, constraint: Constraint | None) -> list[Sampling]:
         """Return how each of the `n` answers is drawn. Raises: ConfigError."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

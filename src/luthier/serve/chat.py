@@ -138,15 +138,7 @@ async def _chunks(
     parts: AsyncGenerator[Part, None], head: Head, readers: Sequence[AnswerReader], body: ChatBody
 ) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the chunks of a stream."""
-    has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    common = {
-        "id": head.id,
-        "object": "chat.completion.chunk",
-        "created": head.created,
-        "model": head.model,
-        "system_fingerprint": head.fingerprint,
-        "service_tier": "default",
-    } | ({"usage": None} if has_usage else {})
+    common = head.chunk("chat.completion.chunk", has_usage=body.wants_usage) | {"service_tier": "default"}
 
     def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {**common, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]}
@@ -166,7 +158,7 @@ async def _chunks(
             if event.completion is not None:
                 done[part.index] = event.completion
                 yield chunk(part.index, {}, reason=reader.reason(event.completion))
-    if has_usage:
+    if body.wants_usage:
         whole = usage_of([done[index] for index in sorted(done)], len(done))
         yield {**common, "choices": [], "usage": whole.model_dump()}
 

@@ -126,14 +126,7 @@ async def _chunks(
     parts: AsyncGenerator[Part, None], head: Head, texts: TokenTexts, body: CompletionBody, number: int
 ) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the chunks of a stream."""
-    has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    common = {
-        "id": head.id,
-        "object": "text_completion",
-        "created": head.created,
-        "model": head.model,
-        "system_fingerprint": head.fingerprint,
-    } | ({"usage": None} if has_usage else {})
+    common = head.chunk("text_completion", has_usage=body.wants_usage)
     done: dict[int, Completion] = {}
     offsets: dict[int, int] = {}
     async with aclosing(parts):
@@ -153,7 +146,7 @@ async def _chunks(
                 "finish_reason": None if event.completion is None else _reason(event.completion),
             }
             yield {**common, "choices": [choice]}
-    if has_usage:
+    if body.wants_usage:
         whole = usage_of([done[index] for index in sorted(done)], number)
         yield {**common, "choices": [], "usage": whole.model_dump()}
 

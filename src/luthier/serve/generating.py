@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
@@ -37,6 +38,11 @@ class Head:
         known = "\n".join((gateway.settings.served_name, weights or version, __version__))
         fingerprint = f"fp_{hashlib.sha256(known.encode()).hexdigest()[:12]}"
         return cls(f"{kind}-{secrets.token_hex(12)}", route.model, version, fingerprint)
+
+    def chunk(self, kind: str, *, has_usage: bool) -> dict[str, Any]:
+        """Return what each chunk of a stream says; where the last one has the usage, the others say that they have none."""
+        told = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return told | {"system_fingerprint": self.fingerprint} | ({"usage": None} if has_usage else {})
 
     @property
     def headers(self) -> dict[str, str]:

@@ -20,7 +20,7 @@ from luthier.registry.view import Caller
 from luthier.serve.errors import ApiError, ErrorBody
 from luthier.serve.gateway import Gateway
 
-bearer = HTTPBearer(auto_error=False, description="a key of a tenant's: `luthier tenants keys` makes one")
+bearer = HTTPBearer(auto_error=False, description="a key of a tenant's: `luthier tenants keys issue` makes one")
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
