@@ -226,8 +226,8 @@ def _lineage(
     made_of = {(version.id, relation): version for named, relation in parents for version in [find_version(session, named)]}
     for relation in ("truncated", "continued"):
         made = recipe.get(relation)
-        digest = ((made.get("parent") or {}).get("files") or {}).get(TENSOR_FILE) if isinstance(made, dict) else None
-        for parent in _by_tensors(session, digest):
+        parent_digest = ((made.get("parent") or {}).get("files") or {}).get(TENSOR_FILE) if isinstance(made, dict) else None
+        for parent in _by_tensors(session, parent_digest):
             if parent.id not in {row_id for row_id, _ in made_of}:
                 made_of[parent.id, relation] = parent
     return _Lineage(fingerprint.identity() if fingerprint else None, data, made_of)

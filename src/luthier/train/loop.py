@@ -206,7 +206,7 @@ class Trainer:
                 "restore them, or start a new run"
             )
         if progress.digests.get("parent") != self.digests.get("parent"):
-            raise CheckpointError(f"{self.folder.start} is not the adapter that this run continues; restore it, or start a new run")
+            raise CheckpointError(f"{self.folder.start} is not the adapter this run continues; restore it, or start a new run")
         if progress.digests.get("plan") != self.digests["plan"]:
             raise CheckpointError(
                 "the rows would meet in other steps than when this run began: its model is fused differently now (other versions "

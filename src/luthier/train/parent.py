@@ -54,9 +54,7 @@ def continued_config(path: str | Path, given: Any = None) -> LoraConfig:
         if key not in FREE and not _agree(value, own.get(key))
     ]
     if faults:
-        raise ConfigError(
-            f"{folder} is continued as it is; leave out what contradicts it: " + "; ".join(faults), [*faults]
-        )
+        raise ConfigError(f"{folder} is continued as it is; leave out what contradicts it: " + "; ".join(faults), [*faults])
     return config.changed(**{key: value for key, value in said.items() if key in FREE and value is not None})
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from luthier.adapt.attaching import attach
-from luthier.adapt.fusing import Fusion, fuse
+from luthier.adapt.fusing import Fusion, fuse, unfuse
 from luthier.adapt.loftq import attach_loftq, load_without
 from luthier.adapt.planning import AttachPlan, plan
 from luthier.adapt.ranks import check_schedule
@@ -85,7 +85,9 @@ def prepare(
     tell = tell or (lambda message: None)
     parent = read_adapter(adapter_folder(settings.adapter)) if settings.adapter is not None else None
     tell(f"Reading {settings.data.path}")
-    base = base or _load_base(settings, tell, read_adapter(adapter) if adapter else parent)
+    if base is None:
+        base = _load_base(settings, tell, read_adapter(adapter) if adapter else parent)
+    unfuse(base.model)  # a fused block passes by the hooks that look at a layer's inputs
     objective = objective_class(settings.objective.kind)
     rows = objective.read(settings, base.tokenizer)
     check_rows_fit(rows, base.model)
@@ -141,7 +143,7 @@ def _fresh(
 
 
 def _stored(model: nn.Module, folder: AdapterFolder, lora: LoraConfig, name: str, *, continues: bool) -> AttachPlan:
-    """Attach a stored adapter to be trained: one of the run's own, or one that the run `continues`; `lora` as its settings say."""
+    """Attach a stored adapter to be trained: one of the run's own, or one that it `continues`; `lora` is that of its settings."""
     if continues:
         free = {key: getattr(lora, key) for key in FREE}
         return load_adapter(model, replace(folder, config=folder.config.changed(**free)), name, trainable=True).plan

@@ -136,12 +136,12 @@ class RunSettings(Settings):
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
+        if self.train.full and self.adapter is not None:
+            raise ValueError("train.full begins with the weights of the base, and adapter with those of an adapter; choose one")
         if self.train.full and (given := self._given_for_pairs()):
             raise ValueError(f"train.full trains every weight and makes no pairs, so {', '.join(given)} would have no effect")
         if self.lora.init_lora_weights == LOFTQ and self.quantize == "none":
             raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
-        if self.train.full and self.adapter is not None:
-            raise ValueError("train.full begins with every weight of the base, and adapter with that of an adapter; choose one")
         if self.train.full and self.quantize != "none":
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":

@@ -68,9 +68,7 @@ _SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pa
 """What decides how stored numbers are used; tensors of the same shapes may differ in it."""
 
 
-def for_trl(
-    model: nn.Module | LoadedModel, config: LoraConfig | None = None, *, adapter: str | Path | None = None
-) -> "TrlModel":
+def for_trl(model: nn.Module | LoadedModel, config: LoraConfig | None = None, *, adapter: str | Path | None = None) -> "TrlModel":
     """Return `model` as one that TRL's trainers train the adapter of, and nothing else.
 
     The adapter is a fresh one of `config`, or the one in the folder `adapter`, which is continued; with neither, the model's own
@@ -139,7 +137,7 @@ class _Carrier(nn.Module):
             return getattr(self.model, name)
 
 
-class TrlModel(peft.PeftModel):  # type: ignore[misc]
+class TrlModel(peft.PeftModel):
     """A model with our adapters in its layers that answers as a PeftModel does. Made by `for_trl`."""
 
     prefix = "lora_"
@@ -184,7 +182,8 @@ class TrlModel(peft.PeftModel):  # type: ignore[misc]
         return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        model: Any = self.get_base_model()
+        return model.generate(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -323,4 +322,3 @@ def _take_started(started: dict[str, Any], file: Path) -> None:
     state = load(file.read_bytes())
     for path, pair in started.items():
         pair.load_state_dict({key: state[f"{path}:{key}"] for key in pair.state_dict()})
-
