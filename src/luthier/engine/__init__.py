@@ -24,8 +24,8 @@ __getattr__, __all__ = lazy_names(
         "generate": "luthier.engine.generation",
         "held_out_loss": "luthier.engine.score",
         "log_likelihoods": "luthier.engine.likelihood",
-        "row_sums": "luthier.engine.score",
         "rolling_windows": "luthier.engine.likelihood",
+        "row_sums": "luthier.engine.score",
         "stream": "luthier.engine.generation",
     },
 )
