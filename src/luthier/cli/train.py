@@ -22,6 +22,7 @@ def train(
     resume: Path | None = typer.Option(None, help="Carry on with the run in this folder; nothing else may be given."),
     dry_run: bool = typer.Option(False, help="Show what would be trained, with a sample of the labels, and stop."),
     method: list[str] = typer.Option([], help="Method, as in `luthier methods`; repeat it to combine. Default: lora."),
+    objective: str | None = typer.Option(None, help="What is minimised: sft (the answers' likelihood), the default."),
     init: str | None = typer.Option(None, help="How pairs begin, as in `luthier methods`. Default: kaiming."),
     r: int | None = typer.Option(None, "--r", help="Rank. Default 16."),
     lora_alpha: float | None = typer.Option(None, help="Numerator of the scaling. Default: twice the rank."),
@@ -54,6 +55,7 @@ def train(
         "out": out,
         "dtype": dtype,
         "quantize": quantize,
+        "objective": {"kind": objective},
         "data": {"path": data, "eval_path": eval_data, "prompt": prompt, "completion": completion, "system": system},
         "lora": {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None, "init_lora_weights": init_value(init)},
         "train": {

@@ -40,6 +40,13 @@ STEADY_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
 """An engine that was asked to end and has not by then is killed."""
 
+KERNELS_KEPT = 32
+"""Products of one shape that oneDNN keeps the generated code of; 1,024 by default, each some 50 KiB of memory.
+
+An engine's steps have any number of rows, so it would go on growing for an hour until it has kept that many. Measured
+(64 clients, SmolLM2-135M in bfloat16, one thread): +2.1 % from minute 3 to 16 by default, +0.6 % with 16 kept, as fast.
+"""
+
 
 class ProcessBackend:
     """An engine in a child process, by `EngineSettings`; a `Backend`.
@@ -63,6 +70,7 @@ class ProcessBackend:
         self._progress = progress
         self._environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
         spin_briefly(self._environment)
+        self._environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
         self._pauses = (pause_seconds, longest_pause_seconds)
         self._life: _Life | None = None
         self._away: str | None = "the engine has not been started"

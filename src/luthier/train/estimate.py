@@ -18,7 +18,6 @@ from torch import Tensor
 
 from luthier.core.allocator import release_freed_memory
 from luthier.data.batches import padded_length
-from luthier.engine.score import answer_loss
 from luthier.inspect.counts import MASTER_BYTES
 from luthier.inspect.step_trace import kept_blocks
 from luthier.layers.kinds import PARAMETER
@@ -83,11 +82,11 @@ def calibrate(trainer: Trainer) -> Calibration:
     reset_peak_memory()
     with _leaving_no_trace(trainer):
         for index, indices in enumerate([samples[0], *samples]):
-            batch = trainer.micro_batch(indices)
+            batch = trainer.objective.micro_batch(indices)
             began = time.perf_counter()
-            loss, count = answer_loss(trainer.model, batch)
+            loss, _ = trainer.objective.loss(batch)
             middle = time.perf_counter()
-            (loss / count).backward()
+            (loss / batch.weight).backward()
             ended = time.perf_counter()
             del loss
             if not trainer.keeps_memory:
@@ -105,10 +104,11 @@ def estimate_memory(trainer: Trainer, held_bytes: int, calibration: Calibration 
     With a calibration, what the passes took beyond reckoning (buffers of the matrix library, pages of code) is counted too.
     """
     prepared = trainer.prepared
-    rows, config = prepared.rows.train.rows, prepared.base.model.config
+    config = prepared.base.model.config
     batches = _micro_batches(trainer)
     num_trained = sum(parameter.numel() for parameter in trainer.parameters)
-    labelled = max(sum(label != -100 for row in batch for label in rows[row].labels) for batch in batches)
+    item = prepared.rows.item
+    labelled = max(sum(label != -100 for index in batch for row in item(index) for label in row.labels) for batch in batches)
     hidden = getattr(config, "hidden_size", None) or 0
     layers = getattr(config, "num_hidden_layers", None) or 1
     itemsize = prepared.base.dtype_choice.dtype.itemsize
@@ -156,11 +156,11 @@ def _kept_bytes(trainer: Trainer) -> tuple[float, float]:
     tokens are (`luthier.layers.parameters`). Measured on a few rows, with checkpointing off.
     """
     indices = _micro_batches(trainer)[0]
-    lengths = trainer.prepared.rows.train.lengths
+    lengths = trainer.prepared.rows.item_lengths
     few: list[int] = []
     while len(few) < len(indices) and sum(lengths[index] for index in few) < PROBE_TOKENS:
         few.append(indices[len(few)])
-    batch = trainer.micro_batch(few)
+    batch = trainer.objective.micro_batch(few)
     model = trainer.model
     owners = [model.get_submodule(path) for path in {item.path for item in trainer.items if item.kind is PARAMETER}]
     sums: set[int] = set()
@@ -172,7 +172,7 @@ def _kept_bytes(trainer: Trainer) -> tuple[float, float]:
 
     own = (*model.parameters(), *model.buffers())
     with _leaving_no_trace(trainer), _without_checkpointing(model), kept_blocks(own, note_sum) as kept:
-        answer_loss(model, batch)
+        trainer.objective.loss(batch)
     formed = sum(kept[address] for address in sums)
     return (sum(kept.values()) - formed) / _cost(trainer, few), formed
 
@@ -207,5 +207,5 @@ def _micro_batches(trainer: Trainer) -> list[list[int]]:
 
 def _cost(trainer: Trainer, indices: list[int]) -> int:
     """Return the tokens of a micro-batch as the model gets them, padding included."""
-    lengths = [trainer.prepared.rows.train.lengths[index] for index in indices]
+    lengths = [len(row) for index in indices for row in trainer.prepared.rows.item(index)]
     return sum(lengths) if trainer.prepared.packed else len(lengths) * padded_length(max(lengths), 8)

@@ -1,18 +1,19 @@
 """The Trainer: step, evaluate, checkpoint, until the plan is done. What, how, and what is not here:
 
-A step adds up the loss of its micro-batches as a sum over answer tokens, divided by the number of answer tokens in the whole
-step: two batches of one row each count as one batch of two. Everything a step depends on (adapter, AdamW's moments, the
-generators, the position in the plan) is in a checkpoint, so a killed run that is resumed ends with the same bits (on as many
-threads as before; where the number differs, a warning says so).
+A step adds up the loss of its micro-batches as a sum over answer tokens (or what else the objective weighs by), divided by their
+number in the whole step: two batches of one row each count as one batch of two. Everything a step depends on (adapter, AdamW's
+moments, the generators, the position in the plan) is in a checkpoint, so a killed run that is resumed ends with the same bits (on
+as many threads as before; where the number differs, a warning says so).
 
-Not here: which rows go together (schedule.py), the loss (luthier.engine), files (runfolder.py), the screen (display.py).
+Not here: which rows go together (schedule.py), the loss (objectives), files (runfolder.py), the screen (display.py).
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +26,6 @@ from luthier.adapt.state import adapter_parameters, pairs_with_start
 from luthier.core.allocator import release_freed_memory
 from luthier.core.config import AdaLoraConfig
 from luthier.core.errors import CheckpointError, TrainingError
-from luthier.data.batches import Batch, PackedBatch, collate, pack
-from luthier.data.encode import UNLABELLED
-from luthier.engine.score import answer_loss, held_out_loss
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
@@ -35,9 +33,11 @@ from luthier.ops.compiler import use_compiler
 from luthier.ops.scratch import release_scratch
 from luthier.train.groups import parameter_groups
 from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
-from luthier.train.prepare import ADAPTER, Prepared
+from luthier.train.objectives import objective_class
+from luthier.train.prepare import Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
 from luthier.train.schedule import learning_rate, plan_digest
+from luthier.train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class StepRecord:
     tokens: int
     labelled_tokens: int
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class EvalRecord:
     step: int
     eval_loss: float
     is_best: bool
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def log_line(record: StepRecord | EvalRecord) -> dict[str, Any]:
+    """Return a record as it stands in run.jsonl: further figures stand beside the others."""
+    line = asdict(record)
+    return line | line.pop("metrics")
 
 
 class Observer(Protocol):
@@ -82,18 +90,21 @@ class Observer(Protocol):
 class Trainer:
     """Trains the adapter of a prepared run in its folder. `run()` carries on from wherever the folder's last checkpoint is."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, observer: Observer | None = None):
+    def __init__(self, prepared: Prepared, folder: RunFolder, observer: Observer | None = None, world: World | None = None):
         self.prepared, self.folder, self.observer = prepared, folder, observer
+        self.world = world or World()
         self.settings = prepared.settings.train
         self.model = prepared.base.model
-        self.items = list(adapter_parameters(self.model, ADAPTER))
-        self.parameters = [item.parameter for item in self.items if item.parameter.requires_grad]
-        self.started = pairs_with_start(self.model, ADAPTER)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.items, self.settings),
-            betas=self.settings.betas,
-        )
-        self.ranks = RankAllocator(self.model, ADAPTER) if isinstance(prepared.plan.config, AdaLoraConfig) else None
+        self.objective = objective_class(prepared.settings.objective.kind)(prepared)
+        self.items = list(adapter_parameters(self.model, prepared.adapter))
+        extra = list(self.objective.extra_parameters().values())
+        self.parameters = [*(item.parameter for item in self.items if item.parameter.requires_grad), *extra]
+        self.started = pairs_with_start(self.model, prepared.adapter)
+        groups = parameter_groups(self.items, self.settings)
+        if extra:
+            groups.append({"params": extra, "lr": self.settings.learning_rate, "lr_ratio": 1.0, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, betas=self.settings.betas)
+        self.ranks = RankAllocator(self.model, prepared.adapter) if isinstance(prepared.plan.config, AdaLoraConfig) else None
         self.digests = {
             "data": prepared.rows.digest,
             "settings": prepared.settings.digest(),
@@ -124,31 +135,47 @@ class Trainer:
         After an interruption (`stop_requested`) the state is in a checkpoint. Raises: TrainingError, StorageError; the last
         checkpoint is intact then.
         """
+        with self.running():
+            while (ended := self.advance()) is None:
+                pass
+        return ended
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block steps can be made."""
         if self.prepared.fusion.attentions and not fusion_of(self.model).attentions:
             fuse(self.model)  # it was undone when this Trainer was interrupted
         self.model.train()
         reset_peak_memory()
         try:
-            while self.progress.step < self.num_steps:
-                # Asked first: a run that was killed after its last evaluation must not go one step further than one that was not.
-                if self._is_out_of_patience():
-                    return "early stop"
-                self._train_step()
-                done = self.progress.step
-                if self._is_due(self.eval_every) and self.prepared.rows.held_out is not None:
-                    self._evaluate()
-                if self._is_due(self.eval_every) or self._is_due(self.settings.save_every):
-                    self.save()
-                if self.stop_requested and done < self.num_steps and not self._is_out_of_patience():
-                    self.save()
-                    return "interrupted"
+            yield
         finally:
             self.peak_bytes = peak_memory()
             self.model.eval()
             unfuse(self.model)
             use_compiler(False)
             release_scratch()
-        return "finished"
+
+    def advance(self) -> str | None:
+        """Make one step, and what is due after it; return why the run ended, or None where it goes on.
+
+        Raises: TrainingError, StorageError, as `run`.
+        """
+        if self.progress.step >= self.num_steps:
+            return "finished"
+        # Asked first: a run that was killed after its last evaluation must not go one step further than one that was not.
+        if self._is_out_of_patience():
+            return "early stop"
+        self._train_step()
+        is_last = self.progress.step == self.num_steps
+        if self._is_due(self.eval_every) and self.prepared.rows.held_out is not None:
+            self._evaluate()
+        if self._is_due(self.eval_every) or self._is_due(self.settings.save_every):
+            self.save()
+        if self.stop_requested and not is_last and not self._is_out_of_patience():
+            self.save()
+            return "interrupted"
+        return "finished" if is_last else None
 
     def save(self) -> None:
         """Write a checkpoint of the present state, if there is none yet."""
@@ -159,6 +186,7 @@ class Trainer:
         # An adapter folder holds the update of such a pair, from which its factors cannot be had back bit for bit.
         state |= {f"pair.{path}.{key}": value for path, pair in self.started.items() for key, value in pair.state_dict().items()}
         state |= self.ranks.state() if self.ranks else {}
+        state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
         self.folder.save_checkpoint(self.progress, state | random_state(), self.write_adapter)
         self.saved_step = self.progress.step
 
@@ -196,6 +224,8 @@ class Trainer:
             self._take_adapter(progress.step)
         if self.ranks is not None:
             self.ranks.restore(state)
+        prefix = "objective."
+        self.objective.restore({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
         restore_random_state(state)
         self.progress, self.saved_step = progress, progress.step
         self.folder.cut_log(progress.step)
@@ -205,7 +235,7 @@ class Trainer:
         recipe = self.prepared.settings.model_dump(mode="json", exclude={"out"})
         recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.adapter_step or self.progress.step
         recipe["data_digests"] = self.prepared.rows.digests
-        save_adapter(self.model, path, ADAPTER, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
+        save_adapter(self.model, path, self.prepared.adapter, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
 
     def take_best(self) -> None:
         """Put the adapter of the best evaluation into the model, if it is not the present one."""
@@ -228,31 +258,32 @@ class Trainer:
     def drop_masked(self) -> None:
         """Take the triplets out that AdaLoRA masked in the adapter as it is now. Nothing can be trained here afterwards."""
         if self.ranks is not None:
-            drop_masked(self.model, ADAPTER)
-
-    def micro_batch(self, indices: list[int]) -> Batch | PackedBatch:
-        """Return the rows with these indices as one batch, packed or padded as the run has it."""
-        rows = [self.prepared.rows.train.rows[index] for index in indices]
-        return pack(rows) if self.prepared.packed else collate(rows, self.prepared.pad_id)
+            drop_masked(self.model, self.prepared.adapter)
 
     def _train_step(self) -> None:
         began = time.perf_counter()
         step = self.progress.step
-        epoch, micro_batches = self.prepared.steps[step]
-        batches = [self.micro_batch(indices) for indices in micro_batches]
-        labelled = sum(count_labelled(batch) for batch in batches)
+        epoch, planned = self.prepared.steps[step]
+        batches = self.objective.step_batches(step, self.world.share(planned))
+        counts = [sum(getattr(batch, name) for batch in batches) for name in ("weight", "num_tokens", "labelled_tokens")]
+        weight, tokens, labelled = self.world.sum(counts)
         loss = 0.0
+        metrics: dict[str, float] = {}
         for batch in batches:
-            loss_sum, _ = answer_loss(self.model, batch)
-            (loss_sum / labelled).backward()
-            loss += loss_sum.item() / labelled
-        self._check_finite("loss", loss, micro_batches)
+            loss_sum, figures = self.objective.loss(batch)
+            (loss_sum / weight).backward()
+            loss += loss_sum.item() / weight
+            for name, value in figures.items():
+                metrics[name] = metrics.get(name, 0.0) + value / weight
+        loss, *values = self.world.sum([loss, *metrics.values()])
+        self.world.sum_gradients(self.parameters)
+        self._check_finite("loss", loss, planned)
         if step == 0:
             self._check_gradients()
         if self.ranks is not None and self.ranks.config.orth_reg_weight:
             self.ranks.penalty().backward()  # in the gradients only: the loss that is reported is the one of the answers
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        self._check_finite("gradient norm", norm, micro_batches)
+        self._check_finite("gradient norm", norm, planned)
         rate = learning_rate(step, self.num_steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_ratio"]
@@ -263,21 +294,21 @@ class Trainer:
 
         if not self.keeps_memory:
             release_freed_memory()
-        tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - began
         self.progress.step += 1
-        self.progress.tokens += tokens
-        self.progress.labelled_tokens += labelled
+        self.progress.tokens += int(tokens)
+        self.progress.labelled_tokens += int(labelled)
         self.progress.seconds += seconds
-        record = StepRecord(self.progress.step, epoch, loss, rate, norm, tokens, labelled, seconds)
-        self.folder.append_log(asdict(record))
+        told = dict(zip(metrics, values, strict=True)) | self.objective.figures()
+        record = StepRecord(self.progress.step, epoch, loss, rate, norm, int(tokens), int(labelled), seconds, told)
+        self.folder.append_log(log_line(record))
         if self.observer is not None:
             self.observer.on_step(record)
 
     def _evaluate(self) -> None:
-        assert self.prepared.rows.held_out is not None
         began = time.perf_counter()
-        loss = held_out_loss(self.model, self.prepared.rows.held_out.rows, self.prepared.pad_id).loss
+        figures = self.objective.evaluate()
+        loss = figures.pop("eval_loss")
         progress = self.progress
         is_best = progress.best_loss is None or loss < progress.best_loss
         if is_best:
@@ -285,16 +316,16 @@ class Trainer:
         else:
             progress.evals_without_gain += 1
         progress.seconds += time.perf_counter() - began
-        record = EvalRecord(progress.step, loss, is_best)
-        self.folder.append_log(asdict(record))
+        record = EvalRecord(progress.step, loss, is_best, figures)
+        self.folder.append_log(log_line(record))
         if self.observer is not None:
             self.observer.on_eval(record)
 
     def _wants_compiler(self) -> bool:
         if self.settings.compile == "auto":
             # Of the whole plan, not of what is left: a resumed run must decide as it did before.
-            lengths = self.prepared.rows.train.lengths
-            tokens = sum(lengths[row] for _, batches in self.prepared.steps for batch in batches for row in batch)
+            lengths = self.prepared.rows.item_lengths
+            tokens = sum(lengths[item] for _, batches in self.prepared.steps for batch in batches for item in batch)
             return tokens >= TOKENS_WORTH_COMPILING
         return self.settings.compile == "on"
 
@@ -312,10 +343,11 @@ class Trainer:
     def _is_out_of_patience(self) -> bool:
         return bool(self.settings.patience) and self.progress.evals_without_gain >= (self.settings.patience or 0)
 
-    def _check_finite(self, what: str, value: float, micro_batches: list[list[int]]) -> None:
+    def _check_finite(self, what: str, value: float, planned: list[list[int]]) -> None:
         if math.isfinite(value):
             return
-        rows = sorted(self.prepared.rows.train.rows[index].row for indices in micro_batches for index in indices)
+        items = [index for indices in planned for index in indices]
+        rows = sorted({row.row for index in items for row in self.prepared.rows.item(index)})
         raise TrainingError(
             f"the {what} of step {self.progress.step + 1} is {value} (rows {rows[:8]}{' ...' if len(rows) > 8 else ''}). "
             f"Nothing was updated; the last checkpoint is at step {self.saved_step}. Try a lower learning rate (now "
@@ -335,12 +367,6 @@ class Trainer:
         if still:
             some = ", ".join(still[:5])
             log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {some}")
-
-
-def count_labelled(batch: Batch | PackedBatch) -> int:
-    """Return how many tokens of a batch are predicted; a row's first never is."""
-    targets = batch.targets if isinstance(batch, PackedBatch) else batch.labels[:, 1:]
-    return int((targets != UNLABELLED).sum())
 
 
 def stop_on_signal(trainer: Trainer) -> Callable[[int, Any], None]:

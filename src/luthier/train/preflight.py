@@ -36,8 +36,8 @@ def preflight(trainer: Trainer, *, timed: bool = True) -> Preflight:
     """Look at a prepared run; with `timed`, time a few forward and backward passes too. Changes nothing."""
     prepared = trainer.prepared
     coverage = prepared.rows.train.report
-    lengths = prepared.rows.train.lengths
-    per_step = [sum(lengths[row] for batch in batches for row in batch) for _, batches in prepared.steps]
+    lengths = prepared.rows.item_lengths
+    per_step = [sum(lengths[item] for batch in batches for item in batch) for _, batches in prepared.steps]
     held = held_memory()
     calibration = calibrate(trainer) if timed and trainer.progress.step < trainer.num_steps else None
     trained = sum(parameter.numel() for parameter in trainer.parameters)

@@ -23,7 +23,7 @@ from luthier.train.display import Display, preflight_report, summary_report
 from luthier.train.loop import Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
-from luthier.train.prepare import ADAPTER, Prepared, prepare
+from luthier.train.prepare import Prepared, prepare
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
 
@@ -154,7 +154,7 @@ def _ranks(trainer: Trainer) -> dict[str, Any] | None:
     """Return what became of AdaLoRA's ranks: those of the adapter in the model, their number, and the number that was wanted."""
     if trainer.ranks is None:
         return None
-    layers = live_ranks(trainer.model, ADAPTER)
+    layers = live_ranks(trainer.model, trainer.prepared.adapter)
     return {"total": sum(layers.values()), "target": trainer.ranks.last_budget, "layers": layers}
 
 

@@ -13,6 +13,7 @@ from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.methods import CATALOGUE, LOFTQ, METHOD_NAMES, Method
 from luthier.core.settings import Settings
+from luthier.train.objectives.settings import ObjectiveSettings, SftSettings
 
 DEFAULT_R = 16
 TASK = "CAUSAL_LM"
@@ -87,6 +88,7 @@ class RunSettings(Settings):
         description="the adapter; here r is 16 and lora_alpha twice r where they are not given. With peft_type = 'ADALORA' "
         "an [`AdaLoraConfig`](#adaloraconfig), whose lora_alpha is twice init_r and whose total_step is that of the run",
     )
+    objective: ObjectiveSettings = Field(default=SftSettings(), description="what is minimised")
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}), description="the loop")
 
     @field_validator("lora", mode="before")
@@ -105,6 +107,11 @@ class RunSettings(Settings):
         given = {key: value for key, value in given.items() if key != "peft_type"}
         r = given.get("r", DEFAULT_R)
         return {"r": r, "lora_alpha": _twice(r), "task_type": TASK} | given
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _default_kind(cls, given: Any) -> Any:
+        return {"kind": "sft"} | given if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
@@ -137,6 +144,8 @@ class RunSettings(Settings):
     def digest(self) -> str:
         """Return a sha256 over what decides the numbers; where files lie does not count, since folders may be moved."""
         places = {"model": True, "out": True, "data": {"path", "eval_path"}}
+        if self.objective == SftSettings():
+            places["objective"] = True  # runs begun before there were others go on
         return hashlib.sha256(self.model_dump_json(exclude=places).encode()).hexdigest()  # type: ignore[arg-type]
 
     def to_toml(self) -> str:

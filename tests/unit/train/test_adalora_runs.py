@@ -18,7 +18,8 @@ from luthier.engine.score import answer_loss, held_out_loss
 from luthier.formats.adapters import load_adapter
 from luthier.formats.folder import read_adapter
 from luthier.models.load import load_model
-from luthier.train.loop import Trainer, count_labelled
+from luthier.train.loop import Trainer
+from luthier.train.objectives.sft import count_labelled
 from luthier.train.prepare import prepare
 from luthier.train.run import resume, train
 from luthier.train.runfolder import RunFolder
@@ -106,7 +107,7 @@ def test_the_reported_losses_are_those_of_the_answers_alone(run_settings: Make) 
     assert rows is not None
     trainer = Trainer(prepared, RunFolder.create(heavy))
     prepared.base.model.eval()
-    batches = [trainer.micro_batch(indices) for indices in first]
+    batches = [trainer.objective.micro_batch(indices).data for indices in first]
     with torch.no_grad():  # a fresh adapter adds nothing, so this is the base's loss
         expected = sum(answer_loss(prepared.base.model, batch)[0].item() for batch in batches)
     expected /= sum(count_labelled(batch) for batch in batches)

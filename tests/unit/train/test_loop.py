@@ -21,7 +21,8 @@ from luthier.core.errors import TrainingError
 from luthier.formats.adapters import adapter_tensors, fingerprint_of
 from luthier.models.load import load_model
 from luthier.train.loop import EvalRecord, StepRecord, Trainer
-from luthier.train.prepare import Prepared, prepare, read_and_encode
+from luthier.train.prepare import Prepared, prepare
+from luthier.train.rows import read_and_encode
 from luthier.train.run import train
 from luthier.train.runfolder import RunFolder
 from luthier.train.schedule import learning_rate, plan_steps

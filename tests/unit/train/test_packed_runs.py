@@ -226,7 +226,7 @@ def test_micro_batches_are_packed_within_the_budget(run_settings: Make) -> None:
     lengths = trainer.prepared.rows.train.lengths
     for _, micro_batches in trainer.prepared.steps:
         for indices in micro_batches:
-            batch = trainer.micro_batch(indices)
+            batch = trainer.objective.micro_batch(indices).data
             assert isinstance(batch, PackedBatch)
             assert batch.num_tokens == sum(lengths[index] for index in indices)
             assert len(indices) == 1 or (batch.num_tokens <= 90 and len(indices) <= 4)
@@ -309,4 +309,4 @@ def test_a_run_with_a_module_saved_whole_trains_it_fused_as_plain(
 def test_the_batches_of_a_padded_run_are_padded(run_settings: Make) -> None:
     settings = run_settings(train={"packing": False})
     trainer = Trainer(prepare(settings), RunFolder.create(settings))
-    assert isinstance(trainer.micro_batch(trainer.prepared.steps[0][1][0]), Batch)
+    assert isinstance(trainer.objective.micro_batch(trainer.prepared.steps[0][1][0]).data, Batch)

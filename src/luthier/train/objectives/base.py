@@ -1,0 +1,76 @@
+"""Objective: what the loop asks of whatever a run minimises."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from luthier.train.prepare import Prepared
+    from luthier.train.rows import Rows
+    from luthier.train.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What goes through the model at once. `weight` is what its loss is a sum over: answer tokens, pairs, sequences."""
+
+    data: Any
+    num_tokens: int
+    labelled_tokens: int
+    weight: float
+
+
+class Objective(ABC):
+    """The loss of a run, over items: rows, pairs of rows, or prompts to be answered.
+
+    A step adds up `loss` over its micro-batches and divides by the sum of their weights, so how the items are spread over
+    micro-batches changes nothing.
+    """
+
+    needs_reference: ClassVar[bool] = False
+    """Whether the model as it was when the run began has a part in the loss."""
+
+    def __init__(self, prepared: "Prepared"):
+        self.prepared = prepared
+        self.model = prepared.base.model
+
+    @classmethod
+    @abstractmethod
+    def read(cls, settings: "RunSettings", tokenizer: "PreTrainedTokenizerBase") -> "Rows":
+        """Read and encode the rows of a run. Raises: DataError, ConfigError."""
+
+    @abstractmethod
+    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
+        """Return these items as one micro-batch, as they lie in the data."""
+
+    @abstractmethod
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss summed over the batch's weight (differentiable), and further figures, sums over it too."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Return figures over the held-out rows: "eval_loss", of which the lowest is the best, and others."""
+
+    def step_batches(self, step: int, planned: Sequence[Sequence[int]]) -> list[MicroBatch]:
+        """Return the micro-batches of a step (counted from 0). An objective that samples does so here."""
+        return [self.micro_batch(indices) for indices in planned]
+
+    def figures(self) -> dict[str, float]:
+        """Return what else is told of the last step as a whole."""
+        return {}
+
+    def extra_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is trained beside the adapter and is no part of it, by name. Its values are in `state`."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what an exact continuation needs beyond the adapter, the moments and the generators, by name."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most have nothing to take up
+        """Take up what `state` returned."""
