@@ -17,6 +17,8 @@ from luthier.train.objectives.settings import ObjectiveSettings, SftSettings
 
 DEFAULT_R = 16
 TASK = "CAUSAL_LM"
+LATER = ("objective",)
+"""Settings that older runs do not know. As they are by default they change nothing, and have no part in a run's digest."""
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -144,9 +146,8 @@ class RunSettings(Settings):
     def digest(self) -> str:
         """Return a sha256 over what decides the numbers; where files lie does not count, since folders may be moved."""
         places = {"model": True, "out": True, "data": {"path", "eval_path"}}
-        if self.objective == SftSettings():
-            places["objective"] = True  # runs begun before there were others go on
-        return hashlib.sha256(self.model_dump_json(exclude=places).encode()).hexdigest()  # type: ignore[arg-type]
+        later = {name: True for name in LATER if getattr(self, name) == type(self).model_fields[name].default}
+        return hashlib.sha256(self.model_dump_json(exclude=places | later).encode()).hexdigest()  # type: ignore[arg-type]
 
     def to_toml(self) -> str:
         """Return the settings as TOML that reads back to the same settings."""
