@@ -44,7 +44,7 @@ class RunFacts:
 
 
 class Tracker(Protocol):
-    """One place that runs are sent to. Any method may raise: it is tried again later, and told at the end if that did not help."""
+    """One place that runs are sent to. Any method may raise: it is tried again, and told at the end if that did not help."""
 
     def begin(self, facts: RunFacts, run_id: str | None) -> str:
         """Open a run, or go on with the one that has this id; return the id. May be called again after it raised."""

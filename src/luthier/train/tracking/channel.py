@@ -53,6 +53,7 @@ class Channel:
         self.note, self.said = folder / f"{kind}.json", folder / f"{kind}.log"
         self.sent = 0
         self.dropped = 0
+        self.delivered = 0
         self.report: dict[str, Any] | None = None
         self.answered_at = time.monotonic()
         self.artifact_bytes = 0
@@ -110,7 +111,12 @@ class Channel:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _told(self, silent_seconds: float | None) -> Report:
-        found = self.report or {"id": self._known_id(), "delivered": 0, "lost": self.sent, "fault": ""}
+        found = self.report or {
+            "id": self._known_id(),
+            "delivered": self.delivered,
+            "lost": self.sent - self.delivered,
+            "fault": "",
+        }
         fault = found["fault"]
         if silent_seconds is not None:
             fault = f"no answer for {silent_seconds:.0f} s at the end, so it was left"
@@ -153,7 +159,9 @@ class Channel:
         with self.process.stdout as pipe:
             for line in pipe:
                 self.answered_at = time.monotonic()
-                self.report = json.loads(line).get("report")
+                answer = json.loads(line)
+                self.report = answer.get("report")
+                self.delivered = answer.get("delivered", self.delivered)
 
 
 def _bytes_of(path: Path) -> int:

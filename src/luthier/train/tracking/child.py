@@ -76,7 +76,7 @@ class Carrier:
             assert self.tracker is not None
             for path in artifacts:
                 self.tracker.artifact(path)
-                self.answer({})
+                self._answer()
             self.tracker.finish(status)
 
         is_closed = self.attempt(close)
@@ -107,14 +107,17 @@ class Carrier:
             self.run_id = self.tracker.begin(self.facts, self.run_id)
             self.is_open = True
             write_atomic(self.note, json.dumps({"id": self.run_id}))
-            self.answer({})
+            self._answer()
         while self.waiting:
             records = [self.waiting[index] for index in range(min(AT_ONCE, len(self.waiting)))]
             self.tracker.log(records)
             for _ in records:
                 self.waiting.popleft()
             self.delivered += len(records)
-            self.answer({})
+            self._answer()
+
+    def _answer(self) -> None:
+        self.answer({"delivered": self.delivered})
 
 
 def carry(carrier: Carrier, arrivals: Iterator[list[dict[str, Any]]]) -> dict[str, Any]:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.core.environment import environment
+from luthier.train.runlog import TRACKING
 from luthier.train.tracking.base import Record, RunFacts, Status, flattened
 from luthier.train.tracking.channel import Channel, Report
 
 if TYPE_CHECKING:
     from luthier.train.loop import EvalRecord, StepRecord, Trainer
-
-FOLDER = "tracking"
 
 
 class Tracking:
@@ -73,7 +72,7 @@ def run_facts(trainer: "Trainer") -> RunFacts:
     }
     return RunFacts(
         name=folder.name,
-        folder=str(folder / FOLDER),
+        folder=str(folder / TRACKING),
         project=trainer.settings.track_project,
         parameters=flattened(prepared.settings.model_dump(mode="json")),
         facts=facts,

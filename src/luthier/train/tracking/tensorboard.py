@@ -1,4 +1,4 @@
-"""A run as TensorBoard's event files, below TENSORBOARD_LOGGING_DIR or in the run's folder. Needs neither torch nor TensorFlow."""
+"""A run as TensorBoard's event files, below TENSORBOARD_LOGGING_DIR or in the run's folder. Needs no torch and no TensorFlow."""
 
 import os
 import struct

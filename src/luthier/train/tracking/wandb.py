@@ -22,7 +22,7 @@ class Wandb:
         self.run: Any = None
 
     def begin(self, facts: RunFacts, run_id: str | None) -> str:
-        """Open a run in the project of the settings, WANDB_PROJECT or "luthier"; its files go to WANDB_DIR or the run's folder."""
+        """Open a run in the project of the settings, WANDB_PROJECT or "luthier"; files go to WANDB_DIR or the run's folder."""
         quiet: dict[str, Any] = {
             "silent": True,
             "console": "off",
