@@ -226,12 +226,24 @@ def settings_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def check_methods(settings: RunSettings, names: Sequence[str]) -> None:
     """Raise ConfigError unless `settings` use the methods with these names and no other."""
-    used = [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
+    used = _used_methods(settings)
     others, unused = sorted(set(used) - set(names)), sorted(set(names) - set(used) - {"lora"})
     if others or unused:
         faults = [f"the settings also ask for {', '.join(others)}: name it with --method too, or take it out"] * bool(others)
         faults += [f"the settings undo {', '.join(unused)}: leave out what does"] * bool(unused)
         raise ConfigError(f"--method says {', '.join(names)}, but {'; '.join(faults)}")
+
+
+def methods_of(settings: RunSettings) -> list[str]:
+    """Return the names of the methods that settings use, with the init where it is not the usual one; "full" for every weight."""
+    if settings.train.full:
+        return ["full"]
+    init = settings.lora.init_lora_weights
+    return (_used_methods(settings) or ["lora"]) + [str(init)] * (init is not True)
+
+
+def _used_methods(settings: RunSettings) -> list[str]:
+    return [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
 
 
 def _is_used(method: Method, settings: RunSettings) -> bool:

@@ -271,7 +271,7 @@ def test_trackio_holds_the_numbers_of_the_log(tracked: Tracked) -> None:
     assert (tracked.folder / "adapter" / "adapter_model.safetensors").read_bytes() in stored
 
 
-def test_nothing_of_theirs_is_in_the_process_that_trains(tracked: Tracked) -> None:
+def test_nothing_of_theirs_is_in_the_process_that_trains() -> None:
     script = (
         "import sys\n"
         "import luthier.train.run\n"

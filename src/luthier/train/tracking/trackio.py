@@ -54,7 +54,8 @@ class Trackio:
 
     def finish(self, status: Status) -> None:
         """Wait until all is written. It knows no status, so the word is an alert."""
-        self.run.alert(title=f"run {status}", level="info" if status == "finished" else "warn")
+        levels = self.trackio.AlertLevel
+        self.run.alert(title=f"run {status}", level=levels.INFO if status == "finished" else levels.WARN)
         self.run.finish()
         self._raise_faults()
 
