@@ -39,6 +39,7 @@ def train(
     prompt: str | None = typer.Option(None, help="Jinja template over a row's columns for the request."),
     completion: str | None = typer.Option(None, help="Jinja template over a row's columns for the answer."),
     system: str | None = typer.Option(None, help="System message for every row that has none."),
+    track: list[str] = typer.Option([], help="Follow the run with mlflow, wandb, tensorboard or trackio too; repeat it."),
     register: str | None = typer.Option(
         None, "--register", metavar="NAME", help="Register the finished adapter as the next version of NAME, with its data."
     ),
@@ -66,6 +67,7 @@ def train(
             "batch_rows": batch_rows,
             "patience": patience,
             "seed": seed,
+            "track": track or None,
         },
     }
     for setting in settings:

@@ -36,7 +36,8 @@ from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocato
 from luthier.train.objectives import objective_class
 from luthier.train.prepare import Prepared
 from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
-from luthier.train.schedule import learning_rate, plan_digest
+from luthier.train.schedule import anchor_steps, learning_rate, plan_digest
+from luthier.train.settings import LOOKING_ON
 from luthier.train.world import World
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,21 @@ class Observer(Protocol):
     def on_eval(self, record: EvalRecord) -> None: ...
 
 
+class Both:
+    """Shows a run to two observers."""
+
+    def __init__(self, first: Observer, second: Observer):
+        self.observers = (first, second)
+
+    def on_step(self, record: StepRecord) -> None:
+        for observer in self.observers:
+            observer.on_step(record)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        for observer in self.observers:
+            observer.on_eval(record)
+
+
 class Trainer:
     """Trains the adapter of a prepared run in its folder. `run()` carries on from wherever the folder's last checkpoint is."""
 
@@ -115,6 +131,7 @@ class Trainer:
         self.adapter_step = 0  # the step of the adapter in the model, where that is not the present one
         self.num_steps = len(prepared.steps)
         self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
+        self.anchors = anchor_steps(self.num_steps, self.settings.anchors)
         self.stop_requested = False
         self.peak_bytes = 0
         weight = next(self.model.parameters())
@@ -166,7 +183,10 @@ class Trainer:
         # Asked first: a run that was killed after its last evaluation must not go one step further than one that was not.
         if self._is_out_of_patience():
             return "early stop"
+        if self.progress.step == 0:
+            self._keep_anchor()
         self._train_step()
+        self._keep_anchor()
         is_last = self.progress.step == self.num_steps
         if self._is_due(self.eval_every) and self.prepared.rows.held_out is not None:
             self._evaluate()
@@ -232,7 +252,7 @@ class Trainer:
 
     def write_adapter(self, path: Path, metrics: dict[str, Any] | None = None) -> None:
         """Write the adapter as it is now, with the recipe that makes it again."""
-        recipe = self.prepared.settings.model_dump(mode="json", exclude={"out"})
+        recipe = self.prepared.settings.model_dump(mode="json", exclude={"out": True, "train": set(LOOKING_ON)})
         recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.adapter_step or self.progress.step
         recipe["data_digests"] = self.prepared.rows.digests
         save_adapter(self.model, path, self.prepared.adapter, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
@@ -320,6 +340,10 @@ class Trainer:
         self.folder.append_log(log_line(record))
         if self.observer is not None:
             self.observer.on_eval(record)
+
+    def _keep_anchor(self) -> None:
+        if self.progress.step in self.anchors:
+            self.folder.save_anchor(self.progress.step, self.write_adapter)
 
     def _wants_compiler(self) -> bool:
         if self.settings.compile == "auto":

@@ -21,6 +21,9 @@ LATER = ("objective",)
 """Settings that older runs do not know. As they are by default they change nothing, and have no part in a run's digest."""
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+TrackerName = Literal["mlflow", "tensorboard", "trackio", "wandb"]
+LOOKING_ON = frozenset({"anchors", "track", "track_patience", "track_project"})
+"""Settings of [train] that change no number: they have no part in a run's digest, nor in the recipe of its adapter."""
 
 
 class DataSettings(Settings):
@@ -72,6 +75,14 @@ class TrainSettings(Settings):
         None, gt=0, allow_inf_nan=False, description="LoRA+: peak learning rate of adapted embeddings; default 1e-6"
     )
     freeze_A: bool = Field(False, description="LoRA-FA: lora_A stays as it began, only lora_B is trained")
+    anchors: int = Field(
+        0, ge=0, description="keep the adapter as it began, and at so many evenly spaced steps, for `luthier runs trajectory`"
+    )
+    track: tuple[TrackerName, ...] = Field((), description="send the run's figures to these too: docs/tracking.md")
+    track_project: str | None = Field(None, min_length=1, description="project (MLflow: experiment) there; default: luthier")
+    track_patience: float = Field(
+        15.0, gt=0, allow_inf_nan=False, description="seconds without an answer after which a tracker is left at the end"
+    )
     full: bool = Field(False, description="train a copy of every weight instead of pairs: the yardstick of `luthier baseline`")
 
 
@@ -133,6 +144,10 @@ class RunSettings(Settings):
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":
             raise ValueError("train.freeze_A freezes an A of half the rank with init 'orthogonal'; use another init")
+        if self.train.track_project is not None and not self.train.track:
+            raise ValueError("train.track_project has no effect without train.track")
+        if len(set(self.train.track)) < len(self.train.track):
+            raise ValueError(f"train.track names one twice: {', '.join(self.train.track)}")
         return self
 
     def _given_for_pairs(self) -> list[str]:
@@ -145,7 +160,7 @@ class RunSettings(Settings):
 
     def digest(self) -> str:
         """Return a sha256 over what decides the numbers; where files lie does not count, since folders may be moved."""
-        places = {"model": True, "out": True, "data": {"path", "eval_path"}}
+        places = {"model": True, "out": True, "data": {"path", "eval_path"}, "train": LOOKING_ON}
         later = {name: True for name in LATER if getattr(self, name) == type(self).model_fields[name].default}
         return hashlib.sha256(self.model_dump_json(exclude=places | later).encode()).hexdigest()  # type: ignore[arg-type]
 
@@ -211,12 +226,24 @@ def settings_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def check_methods(settings: RunSettings, names: Sequence[str]) -> None:
     """Raise ConfigError unless `settings` use the methods with these names and no other."""
-    used = [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
+    used = _used_methods(settings)
     others, unused = sorted(set(used) - set(names)), sorted(set(names) - set(used) - {"lora"})
     if others or unused:
         faults = [f"the settings also ask for {', '.join(others)}: name it with --method too, or take it out"] * bool(others)
         faults += [f"the settings undo {', '.join(unused)}: leave out what does"] * bool(unused)
         raise ConfigError(f"--method says {', '.join(names)}, but {'; '.join(faults)}")
+
+
+def methods_of(settings: RunSettings) -> list[str]:
+    """Return the names of the methods that settings use, with the init where it is not the usual one; "full" for every weight."""
+    if settings.train.full:
+        return ["full"]
+    init = settings.lora.init_lora_weights
+    return (_used_methods(settings) or ["lora"]) + [str(init)] * (init is not True)
+
+
+def _used_methods(settings: RunSettings) -> list[str]:
+    return [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
 
 
 def _is_used(method: Method, settings: RunSettings) -> bool:
