@@ -29,6 +29,7 @@ from luthier.core.errors import CheckpointError, TrainingError
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
+from luthier.formats.note import TENSOR_FILE
 from luthier.ops.compiler import use_compiler
 from luthier.ops.scratch import release_scratch
 from luthier.train.groups import parameter_groups
@@ -126,6 +127,8 @@ class Trainer:
             "settings": prepared.settings.digest(),
             "plan": plan_digest(prepared.steps, packed=prepared.packed),
         }
+        if prepared.parent:
+            self.digests["parent"] = prepared.parent[TENSOR_FILE]
         self.progress = Progress(digests=self.digests)
         self.saved_step = 0
         self.adapter_step = 0  # the step of the adapter in the model, where that is not the present one
@@ -222,6 +225,8 @@ class Trainer:
                 f"the settings in {self.folder.path}/config.toml are not those this run began with; "
                 "restore them, or start a new run"
             )
+        if progress.digests.get("parent") != self.digests.get("parent"):
+            raise CheckpointError(f"{self.folder.start} is not the adapter this run continues; restore it, or start a new run")
         if progress.digests.get("plan") != self.digests["plan"]:
             raise CheckpointError(
                 "the rows would meet in other steps than when this run began: its model is fused differently now (other versions "
@@ -252,9 +257,12 @@ class Trainer:
 
     def write_adapter(self, path: Path, metrics: dict[str, Any] | None = None) -> None:
         """Write the adapter as it is now, with the recipe that makes it again."""
-        recipe = self.prepared.settings.model_dump(mode="json", exclude={"out": True, "train": set(LOOKING_ON)})
+        left_out = {"out": True, "adapter": True, "train": set(LOOKING_ON)}
+        recipe = self.prepared.settings.model_dump(mode="json", exclude=left_out)
         recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.adapter_step or self.progress.step
         recipe["data_digests"] = self.prepared.rows.digests
+        if self.prepared.parent:
+            recipe["continued"] = {"parent": {"files": self.prepared.parent}}
         save_adapter(self.model, path, self.prepared.adapter, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
 
     def take_best(self) -> None:
@@ -393,7 +401,13 @@ class Trainer:
             log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {some}")
 
 
-def stop_on_signal(trainer: Trainer) -> Callable[[int, Any], None]:
+class Stoppable(Protocol):
+    """What ends after its present step when it is asked to."""
+
+    stop_requested: bool
+
+
+def stop_on_signal(trainer: Stoppable) -> Callable[[int, Any], None]:
     """Return a signal handler that lets the step finish and a checkpoint be written; a second signal stops at once."""
 
     def handle(number: int, frame: Any) -> None:

@@ -20,7 +20,7 @@ from luthier.core.errors import CheckpointError, MissingExtraError, StorageError
 from luthier.data.preview import preview
 from luthier.ops.packed import stored_bytes
 from luthier.train.display import Display, preflight_report, summary_report
-from luthier.train.loop import Both, Trainer, stop_on_signal
+from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
@@ -106,22 +106,29 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
 
 
 def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tracking) -> Outcome:
-    prepared = trainer.prepared
-    with Display(console, trainer.num_steps, trainer.progress.step) as display, _graceful_stop(trainer):
+    with Display(console, trainer.num_steps, trainer.progress.step) as display, graceful_stop(trainer):
         trainer.observer = Both(display, tracking)
         ended = trainer.run()
+    outcome = finish(trainer, found, ended)
     if ended == "interrupted":
         words = f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}"
         console.print(words, markup=False, soft_wrap=True)
-        return Outcome(prepared, found, _summary(trainer, ended))
+    else:
+        console.print(summary_report(outcome.summary))
+    return outcome
+
+
+def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
+    """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
+    if ended == "interrupted":
+        return Outcome(trainer.prepared, found, _summary(trainer, ended))
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    console.print(summary_report(summary))
-    return Outcome(prepared, found, summary)
+    return Outcome(trainer.prepared, found, summary)
 
 
 @contextmanager
@@ -197,7 +204,7 @@ def _ranks(trainer: Trainer) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _graceful_stop(trainer: Trainer) -> Iterator[None]:
+def graceful_stop(trainer: Stoppable) -> Iterator[None]:
     """Ctrl-C and SIGTERM finish the step and write a checkpoint. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
