@@ -1,7 +1,7 @@
 """Start the processes of one run on this machine, pass stop signals on, and end all of them if one ends badly. Loads no torch.
 
-What torchrun does with --max-restarts 0, with two differences: processes find each other through a file, so there is no port to be
-taken, and they listen on the loopback device only.
+What torchrun does with --max-restarts 0, with two differences: processes find each other through a file, so no port can be taken
+already, and they listen on the loopback device only.
 """
 
 import os
@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 RENDEZVOUS = "LUTHIER_RENDEZVOUS"
 """Names the file through which launched processes find each other; that it is set says that a launcher watches."""
 LAUNCHER = "LUTHIER_LAUNCHER"
 """The launcher's process number."""
 LOOPBACK = ("lo", "lo0")
 GRACE_S = 10.0
-"""What is left to the others once one ended badly. They notice at their next exchange, and may be writing a checkpoint until then."""
+"""What is left to the others once one ended badly. They notice at their next exchange, and may be writing a checkpoint."""
 LOOK_S = 0.05
 INTERRUPTED = 130
 PR_SET_PDEATHSIG = 1
@@ -52,6 +50,13 @@ class Ending:
         if self.interrupted or self.first_failed is None or self.statuses[self.first_failed] >= 0:
             return None
         return self.first_failed, signal.Signals(-self.statuses[self.first_failed]).name
+
+
+def process_of(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return (rank, number of processes) as `run_processes` or torchrun set them; (0, 1) where neither did."""
+    if "RANK" not in environment:
+        return 0, 1
+    return int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1"))
 
 
 def run_processes(command: Sequence[str], size: int) -> Ending:
@@ -117,6 +122,8 @@ def _environment(own: Mapping[str, str], rank: int, size: int, rendezvous: Path)
     found = {**own, **{key: str(value) for key, value in places.items()}, RENDEZVOUS: str(rendezvous), LAUNCHER: str(os.getpid())}
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found.setdefault("OMP_NUM_THREADS", str(max(1, processors // size)))
+    import psutil
+
     if device := next((name for name in psutil.net_if_addrs() if name in LOOPBACK), None):
         found.setdefault("GLOO_SOCKET_IFNAME", device)
         found.setdefault("NCCL_SOCKET_IFNAME", device)

@@ -1,4 +1,4 @@
-"""The World of several processes over torch.distributed, joined as the environment says (torchrun's variables, or our launcher's).
+"""The World of several processes over torch.distributed, joined as the environment says (torchrun's or our launcher's).
 
 Figures, flags and random states travel over gloo on the CPU; gradients over what belongs to their device (gloo, or NCCL). What
 travels is JSON and plain tensors, never a pickle. A process that dies closes its sockets, which the others notice at their next
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from luthier.core.errors import ConfigError, LuthierError, ProcessLostError
-from luthier.train.launching import RENDEZVOUS
+from luthier.train.launching import RENDEZVOUS, process_of
 from luthier.train.world import World
 
 TIMEOUT = "LUTHIER_PROCESS_TIMEOUT"
@@ -34,9 +34,8 @@ _joined: list["Processes"] = []
 
 @dataclass(frozen=True)
 class Processes(World):
-    """Process `rank` of `size`; `device` is where its gradients lie."""
+    """Process `rank` of `size`; `store` holds a few words that all of them can read."""
 
-    device: torch.device = torch.device("cpu")
     store: Any = None
 
     def gather_bytes(self, raw: bytes) -> list[bytes]:
@@ -102,11 +101,6 @@ class Processes(World):
         return found
 
 
-def world_size() -> int:
-    """Return how many processes the environment says that there are; 1 where it says nothing."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
 @contextmanager
 def joined() -> Iterator[World]:
     """Within the block this process is one of those that the environment speaks of; blocks inside of it are the same.
@@ -114,7 +108,7 @@ def joined() -> Iterator[World]:
     An error that leaves the block is marked where another process tells it already (`LuthierError.is_told`).
     Raises: ProcessLostError if another process ended; ConfigError for an environment that makes no sense.
     """
-    if _joined or world_size() == 1:
+    if _joined or process_of(os.environ)[1] == 1:
         yield _joined[0] if _joined else World()
         return
     world = _join()
@@ -134,24 +128,24 @@ def joined() -> Iterator[World]:
 
 
 def _join() -> Processes:
-    rank, size = int(os.environ["RANK"]), world_size()
-    backend, device = "gloo", torch.device("cpu")
+    rank, size = process_of(os.environ)
+    backend = "gloo"
     if torch.cuda.is_available():
         place = int(os.environ.get("LOCAL_RANK", rank))
         if place >= torch.cuda.device_count():
             raise ConfigError(f"process {place} of this machine has no GPU of its own: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(place)
-        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", place)
+        backend = "cpu:gloo,cuda:nccl"
     try:
         if RENDEZVOUS in os.environ:
             store = dist.FileStore(os.environ[RENDEZVOUS], size)
             store.set_timeout(_timeout())
         else:
-            store, rank, size = next(iter(dist.rendezvous("env://", timeout=_timeout())))  # type: ignore[attr-defined]
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=_timeout())))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_timeout())
     except (RuntimeError, ValueError) as error:
         raise ProcessLostError(f"process {rank} of {size} cannot join the others: {error}") from error
-    return Processes(rank, size, device, dist.PrefixStore("luthier", store))
+    return Processes(rank, size, dist.PrefixStore("luthier", store))
 
 
 def _timeout() -> timedelta:
