@@ -242,8 +242,8 @@ class Trainer:
         before = 1 + sum(name.endswith(".rng.cpu") for name in state)
         if before != self.world.size:
             log.warning(
-                f"this run went on in {before} processes so far and goes on in {self.world.size}: sums are added in another "
-                "order, so the last bits will differ, and where there is dropout other numbers are dropped"
+                f"this run went on with {before} process{'es' * (before > 1)} so far and goes on with {self.world.size}: sums are "
+                "added in another order, so the last bits will differ, and where there is dropout other numbers are dropped"
             )
         for index, parameter in enumerate(self.parameters):
             moments = {name: state[f"{name}.{index:05d}"] for name in MOMENTS if f"{name}.{index:05d}" in state}
