@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from luthier.adapt.fusing import decoder_of, fusion_of
-from luthier.core.errors import AdapterStateError, ConfigError, DataError, TrainingError
+from luthier.core.errors import AdapterStateError, ConfigError, DataError, ModelError, TrainingError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.engine.batches import batches_by_length
 from luthier.engine.modes import evaluating
@@ -118,6 +118,27 @@ def packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Te
         documents=documents,
     ).last_hidden_state
     return hidden_1NI[0], targets_N
+
+
+def last_hidden(model: "nn.Module", batch: "Batch | PackedBatch") -> "Tensor":
+    """Return the last hidden state of each row's last token: (B, I), rows as they were given to `collate` or `pack`.
+
+    What a score head reads. Raises: AdapterStateError or DataError as `answer_loss`, ModelError for a model that has no decoder
+    apart from its head.
+    """
+    if isinstance(batch, PackedBatch):
+        hidden_NI, _ = packed_hidden(model, batch)
+        ends = torch.tensor(batch.lengths).cumsum(0) - 1
+        places = torch.empty_like(ends)
+        places[torch.tensor(batch.order or range(len(ends)))] = ends
+        return hidden_NI[places.to(hidden_NI.device)]
+    decoder = decoder_of(model)
+    if decoder is None:
+        raise ModelError(f"{type(model).__name__} has no decoder apart from its head, so its hidden states cannot be scored")
+    inputs, _ = _inputs_and_targets(model, batch)
+    hidden_BTI = decoder(**inputs).last_hidden_state
+    ends = batch.attention_mask.sum(dim=1) - 1
+    return hidden_BTI[torch.arange(len(ends)), ends.to(hidden_BTI.device)]
 
 
 def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor") -> "tuple[Tensor, int]":
