@@ -33,7 +33,7 @@ def scores_of(model: "nn.Module", batch: "Batch | PackedBatch") -> "Tensor":
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A base model with an adapter that scores. `load` makes one; calling it scores answers, so it serves as a reward function."""
+    """A base model with an adapter that scores. `load` makes one; it is called as a reward function is."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"

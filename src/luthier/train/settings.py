@@ -127,8 +127,8 @@ class RunSettings(Settings):
             raise ValueError(f"train.full trains every weight and makes no pairs, so {', '.join(given)} would have no effect")
         if self.objective.kind != "sft" and self.lora.lora_dropout:
             raise ValueError(
-                f"lora.lora_dropout has no place in objective {self.objective.kind!r}, which compares the model with what it was: "
-                "different parts of the two would be missing; leave it out"
+                f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
+                "was: different parts of the two would be missing; leave it out"
             )
         if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
             raise ValueError(

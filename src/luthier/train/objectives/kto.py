@@ -115,8 +115,10 @@ class Kto(PreferenceObjective):
         return {"kl": self.last_kl}
 
     def evaluate(self) -> dict[str, float]:
-        """Return loss, divergence and rewards over the held-out rows; accuracy is how often a good answer has a larger reward than
-        a bad one, over all pairs of the two."""
+        """Return loss, divergence and rewards over the held-out rows.
+
+        The accuracy is how often a good answer has a larger reward than a bad one, over all pairs of the two.
+        """
         batches = batches_by_length([len(row) for (row,) in self.held_out_items], max_tokens=BATCH_TOKENS)
         total, rewards, marks = 0.0, [], []
         with evaluating(self.model):

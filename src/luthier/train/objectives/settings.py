@@ -30,8 +30,8 @@ class DpoSettings(Settings):
         0.1,
         gt=0,
         allow_inf_nan=False,
-        description="how strongly the model is held to the reference (tau of IPO), scale of SimPO's rewards, weight of ORPO's odds; "
-        "default 0.1, with simpo 2.0",
+        description="how strongly the model is held to the reference (tau of IPO), scale of SimPO's rewards, weight of ORPO's "
+        "odds ratio; default 0.1, with simpo 2.0",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of pairs believed to be the wrong way round; for sigmoid, robust and simpo"
@@ -41,7 +41,7 @@ class DpoSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _beta_of_the_loss(cls, given: Any) -> Any:
-        return {"beta": DEFAULT_BETA.get(given.get("loss"), 0.1)} | given if isinstance(given, dict) else given
+        return {"beta": DEFAULT_BETA.get(str(given.get("loss")), 0.1)} | given if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
