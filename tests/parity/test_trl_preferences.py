@@ -34,6 +34,8 @@ from luthier.train.settings import RunSettings
 pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOLERANCE = 1e-5
+PAD = 2
+"""The padding of the tiny model, which is its stop token too, as in many a real one."""
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 def as_inputs(rows: list[EncodedRow]) -> dict[str, Tensor]:
     """Return rows as TRL's collators give them."""
-    batch = collate(rows, 0, multiple_of=1)
+    batch = collate(rows, PAD, multiple_of=1)
     return {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -155,9 +157,9 @@ def test_dpo(objective: dict, loss: dict, ours: Callable[..., Ours], folder: Pat
     wanted.backward()
     told = {name: values[-1] for name, values in other._metrics["train"].items()}
     assert found == pytest.approx(wanted.item(), rel=TOLERANCE)
-    assert figures["rewards/chosen"] == pytest.approx(told["rewards/chosen"], rel=TOLERANCE)
-    assert figures["rewards/rejected"] == pytest.approx(told["rewards/rejected"], rel=TOLERANCE)
-    assert figures["rewards/margin"] == pytest.approx(told["rewards/margins"], rel=1e-4)
+    assert figures["rewards/chosen"] == pytest.approx(told["rewards/chosen"], abs=TOLERANCE)
+    assert figures["rewards/rejected"] == pytest.approx(told["rewards/rejected"], abs=TOLERANCE)
+    assert figures["rewards/margin"] == pytest.approx(told["rewards/margins"], abs=TOLERANCE)
     assert figures["rewards/accuracy"] == pytest.approx(told["rewards/accuracies"])
     assert abs(told["rewards/chosen"]) > 0.01, "rewards near nothing would compare nothing"
     assert_same(gradients, gradients_of(other.model))
@@ -194,8 +196,8 @@ def test_kto(weights: dict[str, float], ours: Callable[..., Ours], folder: Path,
     told = {name: values[-1] for name, values in other._metrics["train"].items()}
     assert float(given.kl) == pytest.approx(told["kl"], rel=1e-4)
     assert found == pytest.approx(wanted.item(), rel=TOLERANCE)
-    assert figures["rewards/good"] == pytest.approx(told["rewards/chosen"], rel=TOLERANCE)
-    assert figures["rewards/bad"] == pytest.approx(told["rewards/rejected"], rel=TOLERANCE)
+    assert figures["rewards/good"] == pytest.approx(told["rewards/chosen"], abs=TOLERANCE)
+    assert figures["rewards/bad"] == pytest.approx(told["rewards/rejected"], abs=TOLERANCE)
     assert_same(gradients, gradients_of(other.model))
 
 
@@ -219,8 +221,8 @@ def test_simpo(ours: Callable[..., Ours], folder: Path, tmp_path: Path) -> None:
     wanted, told = other.get_batch_loss_metrics(other.model, paired(mine.batch.data.rows))
     wanted.backward()
     assert found == pytest.approx(wanted.item(), rel=TOLERANCE)
-    assert figures["rewards/chosen"] == pytest.approx(told["rewards/chosen"], rel=TOLERANCE)
-    assert figures["rewards/rejected"] == pytest.approx(told["rewards/rejected"], rel=TOLERANCE)
+    assert figures["rewards/chosen"] == pytest.approx(told["rewards/chosen"], abs=TOLERANCE)
+    assert figures["rewards/rejected"] == pytest.approx(told["rewards/rejected"], abs=TOLERANCE)
     assert_same(gradients, gradients_of(other.model))
 
 
@@ -242,7 +244,7 @@ def test_orpo(ours: Callable[..., Ours], folder: Path, tmp_path: Path) -> None:
     wanted, told = other.get_batch_loss_metrics(other.model, paired(rows))
     wanted.backward()
     assert found == pytest.approx(wanted.item(), rel=TOLERANCE)
-    assert figures["rewards/chosen"] == pytest.approx(told["rewards/chosen"], rel=TOLERANCE)
+    assert figures["rewards/chosen"] == pytest.approx(told["rewards/chosen"], abs=TOLERANCE)
     assert_same(gradients, gradients_of(other.model))
 
 
@@ -250,11 +252,12 @@ def test_reward(ours: Callable[..., Ours], folder: Path, tmp_path: Path) -> None
     from trl import RewardConfig, RewardTrainer
 
     mine = ours({"kind": "reward"})
-    found, figures, gradients = mine.result()
     other = theirs(folder, mine.adapter, RewardTrainer, RewardConfig(**settings_for(tmp_path)), "SEQ_CLS")
+    mine.trainer.model.double()  # differences of scores this near each other lose digits in float32, here and there
+    other.model.double()
+    found, figures, gradients = mine.result()
     inputs = as_inputs(chosen_first(mine.batch.data.rows))
     del inputs["completion_mask"]
-    other.model.config.pad_token_id = 0
     wanted = other.compute_loss(other.model, inputs | {"margin": torch.tensor([0.25 * index for index in range(5)])})
     wanted.backward()
     told = {name: values[-1] for name, values in other._metrics["train"].items()}
@@ -283,8 +286,10 @@ def test_a_reward_model_gives_the_same_scores_through_peft(folder: Path, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     for score, row, side in zip(scores, rows * 2, ["chosen"] * 4 + ["rejected"] * 4, strict=True):
         said = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+        asked = tokenizer.apply_chat_template(said[:1], tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(said, tokenize=False).rstrip("\n")
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        parts = [asked, text.removeprefix(asked)]  # as when the model is asked: the answer's tokens are its own
+        ids = torch.tensor([[token for part in parts for token in tokenizer(part, add_special_tokens=False).input_ids]])
         with torch.no_grad():
             wanted = model(input_ids=ids).logits.item()
         assert score == pytest.approx(wanted, rel=1e-5, abs=1e-6)

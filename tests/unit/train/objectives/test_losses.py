@@ -1,4 +1,4 @@
-"""The losses of preferences against numbers worked out in float64 with `math` alone, and what must hold of them whatever the numbers."""
+"""The losses of preferences against numbers worked out with `math` alone, and what must hold whatever the numbers."""
 
 import math
 
