@@ -255,6 +255,7 @@ def test_reward(ours: Callable[..., Ours], folder: Path, tmp_path: Path) -> None
     other = theirs(folder, mine.adapter, RewardTrainer, RewardConfig(**settings_for(tmp_path)), "SEQ_CLS")
     mine.trainer.model.double()  # differences of scores this near each other lose digits in float32, here and there
     other.model.double()
+    other.model.config.pad_token_id = PAD  # the base's own, which TRL has replaced by the tokenizer's
     found, figures, gradients = mine.result()
     inputs = as_inputs(chosen_first(mine.batch.data.rows))
     del inputs["completion_mask"]

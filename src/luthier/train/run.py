@@ -4,8 +4,8 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ from luthier.adapt.ranks import live_ranks
 from luthier.adapt.state import base_parameters
 from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
-from luthier.core.errors import CheckpointError, MissingExtraError
+from luthier.core.errors import CheckpointError, MissingExtraError, StorageError
 from luthier.data.preview import preview
 from luthier.ops.packed import stored_bytes
 from luthier.train.display import Display, preflight_report, summary_report
-from luthier.train.loop import Trainer, stop_on_signal
+from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
+from luthier.train.tracking.base import Status, check_trackers
+from luthier.train.tracking.follow import Tracking, tracking_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def train(settings: RunSettings, *, console: Console | None = None) -> Outcome:
     StorageError later, with the last checkpoint intact.
     """
     console = console or Console(quiet=True)
+    check_trackers(settings.train.track)
     RunFolder(settings.out).check_free()
     prepared = prepare(settings, tell=partial(console.log if console.is_terminal else console.print, markup=False))
     folder = RunFolder.create(settings)
@@ -63,6 +66,7 @@ def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
     folder, settings = RunFolder.open(path)
     if (folder.path / SUMMARY_FILE).exists():
         raise CheckpointError(f"{path} is finished; its adapter is {folder.adapter}. Start a new run to train more.")
+    check_trackers(settings.train.track)
     found = folder.load_checkpoint()
     prepared = prepare(settings, tell=partial(console.print, markup=False), adapter=found[2] if found else None)
     trainer = Trainer(prepared, folder)
@@ -78,6 +82,7 @@ def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
 def dry_run(settings: RunSettings, *, console: Console | None = None) -> Preflight:
     """Do everything but train: read, encode, attach, look, and say what would happen. Writes nothing."""
     console = console or Console(quiet=True)
+    check_trackers(settings.train.track)
     prepared = prepare(settings, tell=partial(console.print, markup=False))
     found = preflight(Trainer(prepared, RunFolder(settings.out)))
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer)))
@@ -88,21 +93,61 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
     prepared = trainer.prepared
     found = preflight(trainer)
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer, rows=1)))
-    with Display(console, trainer.num_steps, trainer.progress.step) as display, _graceful_stop(trainer):
-        trainer.observer = display
+    tracking = tracking_of(trainer)
+    with _status_kept(trainer, tracking):
+        outcome = _trained(trainer, console, found, tracking)
+    ended: Status = "interrupted" if outcome.summary["ended"] == "interrupted" else "finished"
+    trainer.folder.write_status(outcome.summary["ended"], trainer.num_steps)
+    reports = tracking.finish(ended, _artifacts(outcome.summary))
+    outcome.summary["tracking"] = [asdict(report) for report in reports]
+    for report in reports:
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
+    return outcome
+
+
+def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tracking) -> Outcome:
+    with Display(console, trainer.num_steps, trainer.progress.step) as display, graceful_stop(trainer):
+        trainer.observer = Both(display, tracking)
         ended = trainer.run()
+    outcome = finish(trainer, found, ended)
     if ended == "interrupted":
         words = f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}"
         console.print(words, markup=False, soft_wrap=True)
-        return Outcome(prepared, found, _summary(trainer, ended))
+    else:
+        console.print(summary_report(outcome.summary))
+    return outcome
+
+
+def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
+    """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
+    if ended == "interrupted":
+        return Outcome(trainer.prepared, found, _summary(trainer, ended))
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    console.print(summary_report(summary))
-    return Outcome(prepared, found, summary)
+    return Outcome(trainer.prepared, found, summary)
+
+
+@contextmanager
+def _status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
+    """Say that the run is running, and that it failed where the block does, in its folder and to its trackers."""
+    trainer.folder.write_status("running", trainer.num_steps)
+    try:
+        yield
+    except BaseException:
+        with suppress(StorageError):  # a full disk may be why
+            trainer.folder.write_status("failed", trainer.num_steps)
+        tracking.finish("failed")
+        raise
+
+
+def _artifacts(summary: dict[str, Any]) -> list[Path]:
+    """Return what trackers are given of a finished run; of one that was interrupted, the curve so far."""
+    named = [summary["plot"]] if summary["ended"] == "interrupted" else [summary["adapter"], summary["plot"]]
+    return [Path(path) for path in named if path is not None]
 
 
 def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
@@ -159,7 +204,7 @@ def _ranks(trainer: Trainer) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _graceful_stop(trainer: Trainer) -> Iterator[None]:
+def graceful_stop(trainer: Stoppable) -> Iterator[None]:
     """Ctrl-C and SIGTERM finish the step and write a checkpoint. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
