@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from luthier.core.words import duration, gib
 from luthier.train.loop import EvalRecord, StepRecord
 from luthier.train.memory import held_memory
 from luthier.train.preflight import Preflight
@@ -146,15 +147,3 @@ def many_report(summaries: list[dict[str, Any]]) -> RenderableType:
             Text(summary["adapter"] if summary["ended"] != "interrupted" else ""),
         )
     return table
-
-
-def gib(count: float) -> str:
-    """Return a number of bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in words."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -92,6 +92,7 @@ def prepare(
     rows = objective.read(settings, base.tokenizer)
     check_rows_fit(rows, base.model)
     lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)
+    lora = objective.made_ready(base.model, lora, settings.train.seed)
     if adapter is not None and keeps_start(lora.init_lora_weights):
         # Its folder holds a plain adapter; the factors it is trained by, and began with, come from the checkpoint (`restore`).
         check_base(base.model, read_adapter(adapter))
