@@ -107,16 +107,21 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
         world.gather(trainer.peak_bytes)
         return Outcome(prepared, found, world.from_first({}))  # which comes when all is written
     tracking = tracking_of(trainer)
-    with _status_kept(trainer, tracking):
+    with status_kept(trainer, tracking):
         outcome = _trained(trainer, console, found, tracking)
+    conclude(trainer, outcome, tracking, console)
+    world.from_first(outcome.summary)
+    return outcome
+
+
+def conclude(trainer: Trainer, outcome: Outcome, tracking: Tracking, console: Console) -> None:
+    """Say how a run ended: in its folder, and to its trackers, whose answers go into the summary."""
     ended: Status = "interrupted" if outcome.summary["ended"] == "interrupted" else "finished"
     trainer.folder.write_status(outcome.summary["ended"], trainer.num_steps)
     reports = tracking.finish(ended, _artifacts(outcome.summary))
     outcome.summary["tracking"] = [asdict(report) for report in reports]
     for report in reports:
         console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
-    world.from_first(outcome.summary)
-    return outcome
 
 
 def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tracking) -> Outcome:
@@ -147,16 +152,21 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
 
 
 @contextmanager
-def _status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
+def status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
     """Say that the run is running, and that it failed where the block does, in its folder and to its trackers."""
     trainer.folder.write_status("running", trainer.num_steps)
     try:
         yield
     except BaseException:
-        with suppress(StorageError):  # a full disk may be why
-            trainer.folder.write_status("failed", trainer.num_steps)
-        tracking.finish("failed")
+        say_failed(trainer, tracking)
         raise
+
+
+def say_failed(trainer: Trainer, tracking: Tracking) -> None:
+    """Say that a run failed, in its folder and to its trackers."""
+    with suppress(StorageError):  # a full disk may be why
+        trainer.folder.write_status("failed", trainer.num_steps)
+    tracking.finish("failed")
 
 
 def _artifacts(summary: dict[str, Any]) -> list[Path]:

@@ -41,6 +41,9 @@ class Objective(ABC):
     world: World = World()
     """The processes of the run, as its Trainer knows them."""
 
+    changes_base: ClassVar[bool] = False
+    """Whether `made_ready` puts something into the base, which other runs over the same one would find there."""
+
     def __init__(self, prepared: "Prepared"):
         self.prepared = prepared
         self.model = prepared.base.model
