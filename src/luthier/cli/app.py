@@ -22,6 +22,7 @@ from luthier.cli import (
     plan,
     quickstart,
     registry,
+    runs,
     serve,
     tenants,
     train,
@@ -60,6 +61,7 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("bench-serve")(bench_serve.bench_serve)
 app.add_typer(models.app, name="models")
+app.add_typer(runs.runs_app, name="runs")
 app.add_typer(registry.registry_app, name="registry")
 app.add_typer(tenants.tenants_app, name="tenants")
 

@@ -35,6 +35,7 @@ from luthier.core.errors import CheckpointError, TrainingError
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
+from luthier.formats.note import TENSOR_FILE
 from luthier.ops.compiler import use_compiler
 from luthier.ops.packed import stored_bytes
 from luthier.ops.scratch import release_scratch
@@ -44,7 +45,8 @@ from luthier.train.objectives import objective_class
 from luthier.train.objectives.base import MicroBatch
 from luthier.train.prepare import Prepared
 from luthier.train.runfolder import Progress, RunFolder, of_rank, random_state, restore_random_state, seed_of
-from luthier.train.schedule import learning_rate, plan_digest
+from luthier.train.schedule import anchor_steps, learning_rate, plan_digest
+from luthier.train.settings import LOOKING_ON
 from luthier.train.world import World
 
 if TYPE_CHECKING:
@@ -98,6 +100,21 @@ class Observer(Protocol):
     def on_eval(self, record: EvalRecord) -> None: ...
 
 
+class Both:
+    """Shows a run to two observers."""
+
+    def __init__(self, first: Observer, second: Observer):
+        self.observers = (first, second)
+
+    def on_step(self, record: StepRecord) -> None:
+        for observer in self.observers:
+            observer.on_step(record)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        for observer in self.observers:
+            observer.on_eval(record)
+
+
 class Trainer:
     """Trains the adapter of a prepared run in its folder. `run()` carries on from wherever the folder's last checkpoint is."""
 
@@ -107,6 +124,7 @@ class Trainer:
         self.settings = prepared.settings.train
         self.model = prepared.base.model
         self.objective = objective_class(prepared.settings.objective.kind)(prepared)
+        self.objective.world = self.world
         self.items = list(adapter_parameters(self.model, prepared.adapter))
         extra = list(self.objective.extra_parameters().values())
         self.parameters = [*(item.parameter for item in self.items if item.parameter.requires_grad), *extra]
@@ -124,11 +142,14 @@ class Trainer:
             "settings": prepared.settings.digest(),
             "plan": plan_digest(prepared.steps, packed=prepared.packed),
         }
+        if prepared.parent:
+            self.digests["parent"] = prepared.parent[TENSOR_FILE]
         self.progress = Progress(digests=self.digests)
         self.saved_step = 0
         self.adapter_step = 0  # the step of the adapter in the model, where that is not the present one
         self.num_steps = len(prepared.steps)
         self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
+        self.anchors = anchor_steps(self.num_steps, self.settings.anchors)
         self.stop_requested = False
         self.sharded: ShardedModel | None = None
         self.peak_bytes = 0
@@ -188,7 +209,10 @@ class Trainer:
         # Asked first: a run that was killed after its last evaluation must not go one step further than one that was not.
         if self._is_out_of_patience():
             return "early stop"
+        if self.progress.step == 0:
+            self._keep_anchor()
         self._train_step()
+        self._keep_anchor()
         is_last = self.progress.step == self.num_steps
         if self._is_due(self.eval_every) and self.prepared.rows.held_out is not None:
             self._evaluate()
@@ -230,6 +254,8 @@ class Trainer:
                 f"the settings in {self.folder.path}/config.toml are not those this run began with; "
                 "restore them, or start a new run"
             )
+        if progress.digests.get("parent") != self.digests.get("parent"):
+            raise CheckpointError(f"{self.folder.start} is not the adapter this run continues; restore it, or start a new run")
         if progress.digests.get("plan") != self.digests["plan"]:
             raise CheckpointError(
                 "the rows would meet in other steps than when this run began: its model is fused differently now (other versions "
@@ -271,9 +297,12 @@ class Trainer:
 
     def write_adapter(self, path: Path, metrics: dict[str, Any] | None = None) -> None:
         """Write the adapter as it is now, with the recipe that makes it again."""
-        recipe = self.prepared.settings.model_dump(mode="json", exclude={"out"})
+        left_out: Any = {"out": True, "adapter": True, "train": set(LOOKING_ON)}
+        recipe = self.prepared.settings.model_dump(mode="json", exclude=left_out)
         recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.adapter_step or self.progress.step
         recipe["data_digests"] = self.prepared.rows.digests
+        if self.prepared.parent:
+            recipe["continued"] = {"parent": {"files": self.prepared.parent}}
         save_adapter(self.model, path, self.prepared.adapter, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
 
     def take_best(self) -> None:
@@ -366,6 +395,10 @@ class Trainer:
         if self.observer is not None:
             self.observer.on_eval(record)
 
+    def _keep_anchor(self) -> None:
+        if self.world.is_first and self.progress.step in self.anchors:
+            self.folder.save_anchor(self.progress.step, self.write_adapter)
+
     def _loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         return self.sharded.run(self.objective.loss, batch) if self.sharded else self.objective.loss(batch)
 
@@ -445,7 +478,13 @@ class Trainer:
             log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {some}")
 
 
-def stop_on_signal(trainer: Trainer) -> Callable[[int, Any], None]:
+class Stoppable(Protocol):
+    """What ends after its present step when it is asked to."""
+
+    stop_requested: bool
+
+
+def stop_on_signal(trainer: Stoppable) -> Callable[[int, Any], None]:
     """Return a signal handler that lets the step finish and a checkpoint be written; a second signal stops at once."""
 
     def handle(number: int, frame: Any) -> None:

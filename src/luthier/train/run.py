@@ -5,8 +5,8 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ from rich.console import Console
 from luthier.adapt.ranks import live_ranks
 from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
-from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError
+from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
 from luthier.data.preview import preview
 from luthier.train.display import Display, preflight_report, summary_report
-from luthier.train.loop import Trainer, stop_on_signal
+from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
 from luthier.train.processes import joined
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
+from luthier.train.tracking.base import Status, check_trackers
+from luthier.train.tracking.follow import Tracking, tracking_of
 from luthier.train.world import World
 
 
@@ -51,6 +53,7 @@ def train(settings: RunSettings, *, console: Console | None = None) -> Outcome:
     with joined() as world:
         console = _console(console, world)
         settings = _of_all(settings, world)
+        check_trackers(settings.train.track)
         if world.is_first:
             RunFolder(settings.out).check_free()
         prepared = prepare(settings, tell=partial(console.log if console.is_terminal else console.print, markup=False))
@@ -68,6 +71,7 @@ def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
         folder, settings = RunFolder.open(path)
         if (folder.path / SUMMARY_FILE).exists():
             raise CheckpointError(f"{path} is finished; its adapter is {folder.adapter}. Start a new run to train more.")
+        check_trackers(settings.train.track)
         found = folder.load_checkpoint()
         prepared = prepare(settings, tell=partial(console.print, markup=False), adapter=found[2] if found else None)
         trainer = Trainer(prepared, folder, world=world)
@@ -84,6 +88,7 @@ def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
 def dry_run(settings: RunSettings, *, console: Console | None = None) -> Preflight:
     """Do everything but train: read, encode, attach, look, and say what would happen. Writes nothing."""
     console = console or Console(quiet=True)
+    check_trackers(settings.train.track)
     prepared = prepare(settings, tell=partial(console.print, markup=False))
     found = preflight(Trainer(prepared, RunFolder(settings.out)))
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer)))
@@ -94,31 +99,68 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
     prepared, world = trainer.prepared, trainer.world
     found = preflight(trainer)
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer, rows=1)))
-    with Display(console, trainer.num_steps, trainer.progress.step) as display, _graceful_stop(trainer):
-        trainer.observer = display
-        ended = trainer.run()
-    trainer.peak_bytes = max(world.gather(trainer.peak_bytes))
     if not world.is_first:
+        with graceful_stop(trainer):
+            trainer.run()
+        world.gather(trainer.peak_bytes)
         return Outcome(prepared, found, world.from_first({}))  # which comes when all is written
-    outcome = Outcome(prepared, found, _end(trainer, ended, console))
+    tracking = tracking_of(trainer)
+    with _status_kept(trainer, tracking):
+        outcome = _trained(trainer, console, found, tracking)
+    ended: Status = "interrupted" if outcome.summary["ended"] == "interrupted" else "finished"
+    trainer.folder.write_status(outcome.summary["ended"], trainer.num_steps)
+    reports = tracking.finish(ended, _artifacts(outcome.summary))
+    outcome.summary["tracking"] = [asdict(report) for report in reports]
+    for report in reports:
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
     world.from_first(outcome.summary)
     return outcome
 
 
-def _end(trainer: Trainer, ended: str, console: Console) -> dict[str, Any]:
-    """Write the adapter and the summary of a run that ended, and return the summary."""
+def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tracking) -> Outcome:
+    with Display(console, trainer.num_steps, trainer.progress.step) as display, graceful_stop(trainer):
+        trainer.observer = Both(display, tracking)
+        ended = trainer.run()
+    trainer.peak_bytes = max(trainer.world.gather(trainer.peak_bytes))
+    outcome = finish(trainer, found, ended)
     if ended == "interrupted":
         words = f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}"
         console.print(words, markup=False, soft_wrap=True)
-        return _summary(trainer, ended)
+    else:
+        console.print(summary_report(outcome.summary))
+    return outcome
+
+
+def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
+    """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
+    if ended == "interrupted":
+        return Outcome(trainer.prepared, found, _summary(trainer, ended))
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    console.print(summary_report(summary))
-    return summary
+    return Outcome(trainer.prepared, found, summary)
+
+
+@contextmanager
+def _status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
+    """Say that the run is running, and that it failed where the block does, in its folder and to its trackers."""
+    trainer.folder.write_status("running", trainer.num_steps)
+    try:
+        yield
+    except BaseException:
+        with suppress(StorageError):  # a full disk may be why
+            trainer.folder.write_status("failed", trainer.num_steps)
+        tracking.finish("failed")
+        raise
+
+
+def _artifacts(summary: dict[str, Any]) -> list[Path]:
+    """Return what trackers are given of a finished run; of one that was interrupted, the curve so far."""
+    named = [summary["plot"]] if summary["ended"] == "interrupted" else [summary["adapter"], summary["plot"]]
+    return [Path(path) for path in named if path is not None]
 
 
 def _console(console: Console | None, world: World) -> Console:
@@ -196,7 +238,7 @@ def _ranks(trainer: Trainer) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _graceful_stop(trainer: Trainer) -> Iterator[None]:
+def graceful_stop(trainer: Stoppable) -> Iterator[None]:
     """Ctrl-C and SIGTERM finish the step and write a checkpoint. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield

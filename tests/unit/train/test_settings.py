@@ -186,6 +186,13 @@ def read_back(settings: RunSettings, folder: Path) -> RunSettings:
     return read_settings(folder / "config.toml")
 
 
+def test_a_run_that_was_begun_before_there_were_objectives_can_go_on() -> None:
+    settings = RunSettings(model="m", out="o", data={"path": "rows.jsonl"})
+    # As the version without objectives had it for the same settings.
+    assert settings.digest() == "3c653cda9e726ba75c17a25779277575f036fcdc3bd0b4e180879979c2abe3c5"
+    assert settings.changed(objective={}).digest() == settings.digest()
+
+
 def test_the_digest_sees_what_decides_the_numbers_and_not_where_files_lie() -> None:
     first = least()
     assert first.digest() == least(model="moved/base", out="elsewhere", data={"path": "moved/rows.jsonl"}).digest()
