@@ -404,11 +404,14 @@ class Trainer:
 
     def _figures_of_held_out(self) -> dict[str, float]:
         """The first process evaluates while the others wait; where the base is sharded, all of them do, on the same rows."""
+        self.objective.world = World()  # whoever evaluates sees all rows
+        figures: dict[str, float] = {}
         if self.sharded:
             figures = self.sharded.run(self.objective.evaluate)
             self.sharded.rest()
-        else:
-            figures = self.objective.evaluate() if self.world.is_first else {}
+        elif self.world.is_first:
+            figures = self.objective.evaluate()
+        self.objective.world = self.world
         return self.world.from_first(figures)
 
     def _replicated(self) -> list[Tensor]:

@@ -246,3 +246,8 @@ def test_who_carries_a_run_out_is_not_in_its_digest(run_settings: Callable[..., 
     plain = run_settings()
     assert plain.digest() == run_settings(train={"processes": 1, "shard": "fsdp2"}).digest()
     assert plain.digest() != run_settings(train={"processes": 2}).digest()
+
+
+def test_only_supervised_runs_are_sharded(run_settings: Callable[..., RunSettings]) -> None:
+    with pytest.raises(ConfigError, match="unlike numbers of passes"):
+        run_settings(train={"shard": "fsdp2"}, objective={"kind": "kto"})
