@@ -14,12 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from luthier.adapt.ranks import live_ranks
-from luthier.adapt.state import base_parameters
 from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
 from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
 from luthier.data.preview import preview
-from luthier.ops.packed import stored_bytes
 from luthier.train.display import Display, preflight_report, summary_report
 from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
@@ -226,7 +224,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "run": str(folder.path),
         "adapter": str(folder.adapter),
         "adapter_bytes": adapter_file.stat().st_size if adapter_file.exists() else 0,
-        "base_bytes": sum(stored_bytes(tensor) for _, tensor in base_parameters(prepared.base.model)),
+        "base_bytes": trainer.base_bytes,
         "plot": plot or None,
         "note": note,
         "environment": environment(),
