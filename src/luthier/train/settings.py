@@ -156,9 +156,9 @@ class RunSettings(Settings):
         if self.objective.kind != "sft" and self.lora.lora_dropout:
             raise ValueError(
                 f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
-                "was: different parts of the two would be missing; leave it out"
+                "was: different parts of the two would be missing; set it to 0"
             )
-        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
+        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ and self.adapter is None:
             raise ValueError(
                 f"objective {self.objective.kind!r} is measured against the base without the adapter, which with init 'loftq' is "
                 "not the model that training begins with; use another init"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from luthier.adapt.state import adapter_prefixes
 from luthier.core.errors import ConfigError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.data.encode import EncodedRow, EncodedSet, encode
@@ -159,11 +160,14 @@ def tokens_of(rows: Sequence[EncodedRow]) -> list[int]:
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Let no module of the model drop anything: a log-ratio would compare two models with different parts missing.
+    """Let no module of the base drop anything: a log-ratio would compare two models with different parts missing.
 
-    The settings refuse an adapter's dropout, so this is about the base's own.
+    An adapter's own dropout is refused by the settings; that of other adapters on the same base is not this run's.
     """
-    for module in model.modules():
+    inside = adapter_prefixes(model)
+    for path, module in model.named_modules():
+        if f"{path}.".startswith(inside):
+            continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
