@@ -211,7 +211,7 @@ def test_the_reference_of_a_continued_run_is_the_adapter_it_began_with(name: str
     second = train(settings)
     steps = [record for record in log_of(second) if "loss" in record]
     assert steps[0]["loss"] == pytest.approx(0.5 if name == "kto" else math.log(2), abs=1e-5)
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert min(record["loss"] for record in steps) < steps[0]["loss"] - 1e-3
     carried_on = settings_of(OBJECTIVES[name], out="cut", adapter=str(first.adapter), train=LEARN | {"save_every": 1})
     trainer = Trainer(prepare(carried_on), RunFolder.create(carried_on))
     with trainer.running():
