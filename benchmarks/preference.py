@@ -7,7 +7,8 @@ speed    one step of DPO, luthier's and TRL's with PEFT, on the same pairs, and 
          in a process of its own, taking turns; seconds and peak memory.
 
 Data from ../shared/data (SNIPS is CC0; not part of this project). Curves are in the runs' folders below --out. The last line on
-stdout is one JSON document. `--sft-steps 2 --steps 2 --pairs 12 --held-out 6 --limit 4 --timed-steps 1 --rounds 1` is the tiny run.
+stdout is one JSON document, in --out too. `--sft-steps 2 --steps 2 --pairs 12 --held-out 6 --limit 4 --timed-steps 1 --rounds 1`
+is the tiny run of the tests.
 """
 
 import argparse
@@ -154,13 +155,9 @@ def snips(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
         console=console(),
     )
     after = Measured.of(tuned.prepared, held_out, test[: arguments.limit])
-    kinds = sorted({pair["kind"] for pair in held_out})
+    kinds = [pair["kind"] for pair in held_out]
     by_kind = {
-        kind: {
-            name: share(side.prefers, [pair["kind"] == kind for pair in held_out])
-            for name, side in (("before", before), ("after", after))
-        }
-        for kind in kinds
+        kind: [share(side.prefers, [each == kind for each in kinds]) for side in (before, after)] for kind in sorted(set(kinds))
     }
     return {
         "preference_accuracy": paired(before.prefers, after.prefers),
@@ -302,10 +299,8 @@ def speed(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Let the contenders take turns, each in a process of its own."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in WORKERS}
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    flags = [
-        f"--{name.replace('_', '-')}={getattr(arguments, name)}"
-        for name in ("model", "data", "timed_steps", "step_pairs", "beta")
-    ]
+    names = ("model", "data", "timed_steps", "step_pairs", "beta")
+    flags = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
     for turn in range(arguments.rounds):
         for name in WORKERS:
             command = [sys.executable, __file__, "--worker", name, *flags]
