@@ -36,12 +36,8 @@ def test_each_question_gets_the_answer_before_it() -> None:
 def trainer_of(settings_in: Make, tmp_path: Path) -> Callable[..., Trainer]:
     def make(rows: list[dict[str, Any]], **sections: Any) -> Trainer:
         path = write(tmp_path / "rows.jsonl", rows)
-        settings = settings_in(
-            tmp_path / "run",
-            objective={"kind": "kto"},
-            data={"path": str(path), "eval_path": None, "eval_fraction": 0},
-            **sections,
-        )
+        data = {"path": str(path), "eval_path": None, "eval_fraction": 0}
+        settings = settings_in(tmp_path / "run", objective={"kind": "kto"}, data=data, **sections)
         trainer = Trainer(prepare(settings), RunFolder.create(settings))
         with torch.no_grad():
             for item in trainer.items:
@@ -57,14 +53,10 @@ def test_one_divergence_for_all_micro_batches_of_a_step(trainer_of: Callable[...
     assert isinstance(objective, Kto)
     parts = objective.step_batches(0, [[0, 1, 2], [3, 4, 5, 6, 7]])
     kls = [float(part.data.kl) for part in parts]
-    alone = [objective.log_probs(objective.answers([[row] for row in mismatched(part.data.answers.rows, 999)])) for part in parts]
-    from luthier.adapt.switching import disabled
-
+    crossed = [objective.answers([[row] for row in mismatched(part.data.answers.rows, 999)]) for part in parts]
+    ours = torch.cat([objective.log_probs(answers) for answers in crossed])
     with disabled(trainer.model):
-        base = [
-            objective.log_probs(objective.answers([[row] for row in mismatched(part.data.answers.rows, 999)])) for part in parts
-        ]
-    ratios = torch.cat(alone) - torch.cat(base)
+        ratios = ours - torch.cat([objective.log_probs(answers) for answers in crossed])
     assert kls[0] == kls[1] == pytest.approx(max(0.0, float(ratios.mean().detach())), rel=1e-4, abs=1e-6)
     assert objective.figures() == {"kl": kls[0]}
 
