@@ -1,14 +1,17 @@
 """`luthier train`: flags and one TOML file to a training run."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from luthier.cli.launching import carry_out_in_processes
 from luthier.cli.output import JSON, make_console, print_json, quiet_transformers
 from luthier.cli.registry_opening import REGISTRY, caller, opened
 from luthier.core.errors import ConfigError, LuthierError
+from luthier.train.launching import process_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +46,8 @@ def train(
     batch_tokens: int | None = typer.Option(None, help="Tokens in one forward pass. Default 2048."),
     batch_rows: int | None = typer.Option(None, help="Rows in one forward pass at most."),
     patience: int | None = typer.Option(None, help="Stop after so many evaluations without a better held-out loss."),
+    nproc: int | None = typer.Option(None, min=1, help="Processes on this machine that carry the run out. Default 1."),
+    shard: str | None = typer.Option(None, help="With several processes: fsdp2 spreads the base over them. Default: none."),
     seed: int | None = typer.Option(None, help="Of init, order and dropout. Default 0."),
     dtype: str | None = typer.Option(None, help="Of the base weights: auto, bfloat16, float32 or float16."),
     quantize: str | None = typer.Option(None, help="Of the base: none, or nf4 for linear layers in 4 bits (QLoRA)."),
@@ -60,7 +65,11 @@ def train(
 ) -> None:
     """Train a LoRA adapter on a file of examples. Ctrl-C stops at a checkpoint that --resume carries on from."""
     console = make_console(as_json)
-    _check_registering(register, owner, registry, dry_run=dry_run)
+    rank, size = process_of(os.environ)
+    if size > 1 and nproc not in (None, size):
+        raise ConfigError(f"--nproc says {nproc}, but this is process {rank} of {size} that were started already; leave it out")
+    if rank == 0:
+        _check_registering(register, owner, registry, dry_run=dry_run)
     flags: dict[str, Any] = {
         "model": model,
         "out": out,
@@ -77,6 +86,7 @@ def train(
             "batch_tokens": batch_tokens,
             "batch_rows": batch_rows,
             "patience": patience,
+            "shard": shard,
             "seed": seed,
             "track": track or None,
         },
@@ -90,12 +100,18 @@ def train(
         given = sorted(named(flags)) + ["--config"] * bool(config) + ["--dry-run"] * dry_run + ["--method"] * bool(method)
         if given:
             raise ConfigError(f"--resume takes its settings from the run; also given: {', '.join(given)}. Leave them out.")
+        if size == 1 and nproc not in (None, 1):
+            carry_out_in_processes(nproc, str(resume), [])
         quiet_transformers()
         from luthier.train.run import resume as carry_on
 
         outcome = carry_on(resume[0], console=console)
     else:
         resolved = _resolved(config[0] if config else None, flags, method)
+        if nproc is not None and dry_run:
+            resolved = resolved.changed(train=resolved.train.changed(processes=resolved.train.processes or nproc, shard="none"))
+        elif size == 1 and nproc not in (None, 1):
+            carry_out_in_processes(nproc, resolved.out, ["--out", resolved.out] if out is None else [])
         quiet_transformers()
         from luthier.train.run import dry_run as look
         from luthier.train.run import train as start
@@ -107,6 +123,8 @@ def train(
             return
         outcome = start(resolved, console=console)
     registered = None
+    if rank > 0:
+        as_json, register = False, None  # the first process tells and registers
     if register is not None and outcome.summary["ended"] != "interrupted":
         registered = _register(outcome.summary["run"], register, owner, registry, console)
     if as_json:

@@ -184,17 +184,26 @@ def _digest(progress: Progress, raw: bytes) -> str:
     return hashlib.sha256(json.dumps(asdict(progress), sort_keys=True).encode() + raw).hexdigest()
 
 
+def of_rank(rank: int) -> str:
+    """Return how the names of a process's random states begin in a checkpoint; the first's are as in a run of one process."""
+    return f"rank{rank}." if rank else ""
+
+
+def seed_of(seed: int, *parts: int) -> int:
+    """Return a seed for torch that follows from a run's seed and these numbers."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:7])
+
+
 def random_state() -> dict[str, Tensor]:
-    """Return torch's generators' states as tensors."""
+    """Return torch's generators' states as tensors: of the CPU, and of the GPU that this process works on."""
     state = {"rng.cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        state[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    if torch.cuda.is_available():
+        state[f"rng.cuda.{torch.cuda.current_device()}"] = torch.cuda.get_rng_state()
     return state
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
     """Set torch's generators to what random_state returned."""
     torch.set_rng_state(state["rng.cpu"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"rng.cuda.{index}" in state:
-            torch.cuda.set_rng_state(state[f"rng.cuda.{index}"], index)
+    if torch.cuda.is_available() and (name := f"rng.cuda.{torch.cuda.current_device()}") in state:
+        torch.cuda.set_rng_state(state[name])

@@ -56,6 +56,15 @@ class TrainSettings(Settings):
     batch_tokens: int = Field(2048, ge=1, description="tokens in one forward pass, padding included where there is any")
     batch_rows: int | None = Field(None, ge=1, description="rows in one forward pass at most")
     accumulate: int = Field(1, ge=1, description="forward passes in one optimiser step, weighted by labelled tokens")
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="a step is `accumulate` times so many forward passes wide, whoever carries it out; default: as many as begin",
+    )
+    shard: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="fsdp2: each process keeps a share of the frozen base only and borrows the rest, block by block",
+    )
     gradient_checkpointing: bool = Field(False, description="compute activations twice, to keep fewer of them")
     packing: bool = Field(
         True,
@@ -171,6 +180,8 @@ class RunSettings(Settings):
             raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
         if self.train.full and self.quantize != "none":
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
+        if self.train.full and self.train.shard != "none":
+            raise ValueError("train.full keeps a trained copy of every weight in each process; train.shard would save nothing")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":
             raise ValueError("train.freeze_A freezes an A of half the rank with init 'orthogonal'; use another init")
         if self.train.track_project is not None and not self.train.track:
@@ -189,9 +200,10 @@ class RunSettings(Settings):
 
     def digest(self) -> str:
         """Return a sha256 over what decides the numbers; where files lie does not count, since folders may be moved."""
-        places = {"model": True, "out": True, "adapter": True, "data": {"path", "eval_path"}, "train": LOOKING_ON}
-        later = {name: True for name in LATER if getattr(self, name) == type(self).model_fields[name].default}
-        return hashlib.sha256(self.model_dump_json(exclude=places | later).encode()).hexdigest()  # type: ignore[arg-type]
+        aside: dict[str, Any] = {"model": True, "out": True, "adapter": True, "data": {"path", "eval_path"}}
+        aside |= {name: True for name in LATER if getattr(self, name) == type(self).model_fields[name].default}
+        aside["train"] = {*LOOKING_ON, "shard"} | ({"processes"} if self.train.processes in (None, 1) else set())
+        return hashlib.sha256(self.model_dump_json(exclude=aside).encode()).hexdigest()
 
     def to_toml(self) -> str:
         """Return the settings as TOML that reads back to the same settings."""
