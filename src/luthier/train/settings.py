@@ -172,6 +172,11 @@ class RunSettings(Settings):
                 f"objective {self.objective.kind!r} is measured against the base without the adapter, which with init 'loftq' is "
                 "not the model that training begins with; use another init"
             )
+        if self.objective.kind == "kto" and self.train.shard != "none":
+            raise ValueError(
+                f"objective 'kto' makes passes of its own before a step, which train.shard {self.train.shard!r} is not made for; "
+                "leave train.shard out: each process then holds the base"
+            )
         if self.objective.kind == "reward" and self.train.full:
             raise ValueError(
                 "train.full trains a copy of every weight; objective 'reward' trains pairs and a head: leave one out"

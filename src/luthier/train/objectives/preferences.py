@@ -2,7 +2,8 @@
 
 The reference is the same model with its adapter silent (or the frozen copy of the adapter that a run continues), so its share
 of the memory is one forward pass without gradients, over before the other begins. It never changes, so what it said of an item
-is kept: the second epoch does not ask again.
+is kept: the second epoch does not ask again. Several processes ask each time, since an item comes to another of them in each
+epoch, and where they share the base's weights all must make the same passes.
 """
 
 from collections.abc import Sequence
@@ -116,14 +117,15 @@ class PreferenceObjective(Objective):
 
     def reference_log_probs(self, answers: Answers) -> Tensor:
         """Return what the reference gives each row's answer: (rows,). It is asked once about an item of the training rows."""
-        if answers.indices is not None:
+        keeps = answers.indices is not None and self.world.size == 1
+        if keeps:
             known = self.known[answers.indices].flatten()
             if not bool(known.isnan().any()):
                 return known.to(self.model.device)
         with torch.no_grad(), reference(self.model, self.prepared.frozen):
             found = self.log_probs(answers)
-        if answers.indices is not None:
-            self.known[answers.indices] = found.view(len(answers.indices), -1).to(self.known)
+        if keeps:
+            self.known[answers.indices] = found.view(len(self.known[answers.indices]), -1).to(self.known)
         return found
 
     def evaluate(self) -> dict[str, float]:
