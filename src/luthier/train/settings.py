@@ -165,12 +165,17 @@ class RunSettings(Settings):
         if self.objective.kind != "sft" and self.lora.lora_dropout:
             raise ValueError(
                 f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
-                "was: different parts of the two would be missing; leave it out"
+                "was: different parts of the two would be missing; set it to 0"
             )
-        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
+        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ and self.adapter is None:
             raise ValueError(
                 f"objective {self.objective.kind!r} is measured against the base without the adapter, which with init 'loftq' is "
                 "not the model that training begins with; use another init"
+            )
+        if self.objective.kind == "kto" and self.train.shard != "none":
+            raise ValueError(
+                f"objective 'kto' makes passes of its own before a step, which train.shard {self.train.shard!r} is not made for; "
+                "leave train.shard out: each process then holds the base"
             )
         if self.objective.kind == "reward" and self.train.full:
             raise ValueError(
