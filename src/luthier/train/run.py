@@ -97,7 +97,7 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
     with _status_kept(trainer, tracking):
         outcome = _trained(trainer, console, found, tracking)
     ended: Status = "interrupted" if outcome.summary["ended"] == "interrupted" else "finished"
-    trainer.folder.write_status(outcome.summary["ended"], trainer.num_steps)
+    _write_status(trainer, outcome.summary["ended"])
     reports = tracking.finish(ended, _artifacts(outcome.summary))
     outcome.summary["tracking"] = [asdict(report) for report in reports]
     for report in reports:
@@ -127,14 +127,19 @@ def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tra
 @contextmanager
 def _status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
     """Say that the run is running, and that it failed where the block does, in its folder and to its trackers."""
-    trainer.folder.write_status("running", trainer.num_steps)
+    _write_status(trainer, "running")
     try:
         yield
     except BaseException:
         with suppress(StorageError):  # a full disk may be why
-            trainer.folder.write_status("failed", trainer.num_steps)
+            _write_status(trainer, "failed")
         tracking.finish("failed")
         raise
+
+
+def _write_status(trainer: Trainer, status: str) -> None:
+    if trainer.world.rank == 0:
+        trainer.folder.write_status(status, trainer.num_steps)
 
 
 def _artifacts(summary: dict[str, Any]) -> list[Path]:
