@@ -26,7 +26,7 @@ def plan_steps(lengths: Sequence[int], settings: TrainSettings, *, packed: bool 
             epoch=epoch,
             packed=packed,
         )
-        width = settings.accumulate
+        width = settings.accumulate * (settings.processes or 1)
         steps += [(epoch, batches[start : start + width]) for start in range(0, len(batches), width)]
     return steps[: settings.max_steps]
 
