@@ -23,13 +23,15 @@ from luthier.core.methods import LOFTQ
 from luthier.models.load import LoadedModel, load_model
 from luthier.ops.compiler import use_compiler
 from luthier.train.display import Display, make_bar, many_report, preflight_report
-from luthier.train.loop import Trainer
+from luthier.train.loop import Both, Trainer
 from luthier.train.memory import peak_memory
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
-from luthier.train.run import Outcome, finish, graceful_stop
+from luthier.train.run import Outcome, artifacts, finish, graceful_stop, tell_trackers
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder, random_state, restore_random_state
 from luthier.train.settings import RunSettings
+from luthier.train.tracking.base import check_trackers
+from luthier.train.tracking.follow import Following
 
 SHARED = ("model", "dtype", "quantize", "train.kernels", "train.gradient_checkpointing")
 """Settings of the base rather than of one adapter: the same in all runs that share it."""
@@ -52,6 +54,7 @@ class _Lane:
     found: Preflight | None = None
     ended: str | None = None
     outcome: Outcome | None = None
+    following: Following | None = None
 
     @contextmanager
     def at_work(self) -> Iterator[Trainer]:
@@ -76,6 +79,7 @@ def train_many(settings: Sequence[RunSettings], *, console: Console | None = Non
     console = console or Console(quiet=True)
     check_together(settings)
     for each in settings:
+        check_trackers(each.train.track)
         RunFolder(each.out).check_free()
     tell = partial(console.log if console.is_terminal else console.print, markup=False)
     base = _load(settings[0], tell)
@@ -101,6 +105,8 @@ def resume_many(paths: Sequence[str | Path], *, console: Console | None = None) 
         raise CheckpointError("all of these runs are finished; start new ones to train more")
     settings = [each for _, each in left]
     check_together(settings)
+    for each in settings:
+        check_trackers(each.train.track)
     tell = partial(console.print, markup=False)
     base = _load(settings[0], tell)
     turns = Turns()
@@ -174,12 +180,23 @@ def _carry_out(turns: Turns, console: Console) -> list[Outcome]:
             lane.found = preflight(trainer)
             console.print(preflight_report(lane.found, str(trainer.prepared.plan), title=str(trainer.folder.path)))
             label = trainer.folder.path.name
-            trainer.observer = Display(console, trainer.num_steps, trainer.progress.step, label=label, bar=bar)
-    with graceful_stop(turns), ExitStack() as running:
-        for lane in lanes:
-            running.enter_context(lane.trainer.running())
-        with bar:
-            _take_turns(turns)
+            display = Display(console, trainer.num_steps, trainer.progress.step, label=label, bar=bar)
+            lane.following = Following(trainer)
+            trainer.observer = Both(display, lane.following)
+    try:
+        with graceful_stop(turns), ExitStack() as running:
+            for lane in lanes:
+                running.enter_context(lane.trainer.running())
+            with bar:
+                _take_turns(turns)
+    except BaseException:
+        for following in [lane.following for lane in lanes if lane.following is not None]:
+            following.end("failed")  # of those that have not ended otherwise
+            following.wait()
+        raise
+    for lane in lanes:
+        if lane.following is not None and lane.outcome is not None:
+            tell_trackers(lane.following, lane.outcome, console)
     outcomes = [lane.outcome for lane in lanes if lane.outcome is not None]
     console.print(many_report([outcome.summary for outcome in outcomes]))
     left = [str(lane.trainer.folder.path) for lane in lanes if lane.ended == "interrupted"]
@@ -220,9 +237,10 @@ def _save(lanes: Sequence[_Lane]) -> None:
 
 
 def _finish(lane: _Lane, ended: str) -> None:
-    assert lane.found is not None  # every run was looked at before the first step
+    assert lane.found is not None and lane.following is not None  # every run was looked at before the first step
     lane.trainer.peak_bytes = peak_memory()
     lane.outcome = finish(lane.trainer, lane.found, ended)
+    lane.following.end(ended, artifacts(lane.outcome.summary))
 
 
 def _load(settings: RunSettings, tell: partial[None]) -> LoadedModel:

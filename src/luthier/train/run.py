@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from luthier.adapt.ranks import live_ranks
 from luthier.adapt.state import base_parameters
 from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
-from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
+from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError
 from luthier.data.preview import preview
 from luthier.ops.packed import stored_bytes
 from luthier.train.display import Display, preflight_report, summary_report
@@ -28,8 +28,8 @@ from luthier.train.prepare import Prepared, prepare
 from luthier.train.processes import joined
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
-from luthier.train.tracking.base import Status, check_trackers
-from luthier.train.tracking.follow import Tracking, tracking_of
+from luthier.train.tracking.base import check_trackers
+from luthier.train.tracking.follow import Following
 from luthier.train.world import World
 
 
@@ -106,22 +106,22 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
             trainer.run()
         world.gather(trainer.peak_bytes)
         return Outcome(prepared, found, world.from_first({}))  # which comes when all is written
-    tracking = tracking_of(trainer)
-    with _status_kept(trainer, tracking):
-        outcome = _trained(trainer, console, found, tracking)
-    ended: Status = "interrupted" if outcome.summary["ended"] == "interrupted" else "finished"
-    _write_status(trainer, outcome.summary["ended"])
-    reports = tracking.finish(ended, _artifacts(outcome.summary))
-    outcome.summary["tracking"] = [asdict(report) for report in reports]
-    for report in reports:
-        console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
+    following = Following(trainer)
+    try:
+        outcome = _trained(trainer, console, found, following)
+    except BaseException:
+        following.end("failed")
+        following.wait()
+        raise
+    following.end(outcome.summary["ended"], artifacts(outcome.summary))
+    tell_trackers(following, outcome, console)
     world.from_first(outcome.summary)
     return outcome
 
 
-def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tracking) -> Outcome:
+def _trained(trainer: Trainer, console: Console, found: Preflight, following: Following) -> Outcome:
     with Display(console, trainer.num_steps, trainer.progress.step) as display, graceful_stop(trainer):
-        trainer.observer = Both(display, tracking)
+        trainer.observer = Both(display, following)
         ended = trainer.run()
     trainer.peak_bytes = max(trainer.world.gather(trainer.peak_bytes))
     outcome = finish(trainer, found, ended)
@@ -146,28 +146,18 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
     return Outcome(trainer.prepared, found, summary)
 
 
-@contextmanager
-def _status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
-    """Say that the run is running, and that it failed where the block does, in its folder and to its trackers."""
-    _write_status(trainer, "running")
-    try:
-        yield
-    except BaseException:
-        with suppress(StorageError):  # a full disk may be why
-            _write_status(trainer, "failed")
-        tracking.finish("failed")
-        raise
-
-
-def _write_status(trainer: Trainer, status: str) -> None:
-    if trainer.world.rank == 0:
-        trainer.folder.write_status(status, trainer.num_steps)
-
-
-def _artifacts(summary: dict[str, Any]) -> list[Path]:
+def artifacts(summary: dict[str, Any]) -> list[Path]:
     """Return what trackers are given of a finished run; of one that was interrupted, the curve so far."""
     named = [summary["plot"]] if summary["ended"] == "interrupted" else [summary["adapter"], summary["plot"]]
     return [Path(path) for path in named if path is not None]
+
+
+def tell_trackers(following: Following, outcome: Outcome, console: Console) -> None:
+    """Wait for the trackers of a run that has ended, and say what became of it there, in its summary too."""
+    reports = following.wait()
+    outcome.summary["tracking"] = [asdict(report) for report in reports]
+    for report in reports:
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
 
 
 def _console(console: Console | None, world: World) -> Console:
