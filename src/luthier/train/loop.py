@@ -25,7 +25,7 @@ from luthier.adapt.ranks import RankAllocator, drop_masked
 from luthier.adapt.state import adapter_parameters, pairs_with_start
 from luthier.core.allocator import release_freed_memory
 from luthier.core.config import AdaLoraConfig
-from luthier.core.errors import CheckpointError, TrainingError
+from luthier.core.errors import CheckpointError, DivergedError, TrainingError
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
@@ -348,7 +348,7 @@ class Trainer:
             return
         items = [index for indices in planned for index in indices]
         rows = sorted({row.row for index in items for row in self.prepared.rows.item(index)})
-        raise TrainingError(
+        raise DivergedError(
             f"the {what} of step {self.progress.step + 1} is {value} (rows {rows[:8]}{' ...' if len(rows) > 8 else ''}). "
             f"Nothing was updated; the last checkpoint is at step {self.saved_step}. Try a lower learning rate (now "
             f"{self.settings.learning_rate:g}) or dtype float32."

@@ -59,15 +59,24 @@ class Prepared:
         return pad_id_of(self.base.tokenizer)
 
 
-def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None, adapter: Path | None = None) -> Prepared:
+def prepare(
+    settings: RunSettings,
+    *,
+    tell: Callable[[str], None] | None = None,
+    adapter: Path | None = None,
+    base: LoadedModel | None = None,
+    rows: Rows | None = None,
+) -> Prepared:
     """Load, encode and attach what `settings` name; `adapter` is a saved one to go on from instead of a fresh one.
 
+    `base` and `rows` are what the settings name where that is in memory already; the base carries no adapter then.
     Raises: ConfigError, ModelError, DataError, TargetError, each before anything is trained or written.
     """
     tell = tell or (lambda message: None)
-    tell(f"Reading {settings.data.path}")
-    base = _load_base(settings, tell, adapter)
-    rows = objective_class(settings.objective.kind).read(settings, base.tokenizer)
+    if rows is None:
+        tell(f"Reading {settings.data.path}")
+    base = base or _load_base(settings, tell, adapter)
+    rows = rows or objective_class(settings.objective.kind).read(settings, base.tokenizer)
     check_rows_fit(rows, base.model)
     lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)
     if adapter is not None and keeps_start(lora.init_lora_weights):

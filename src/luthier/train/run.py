@@ -88,21 +88,27 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
     prepared = trainer.prepared
     found = preflight(trainer)
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer, rows=1)))
-    with Display(console, trainer.num_steps, trainer.progress.step) as display, _graceful_stop(trainer):
+    with Display(console, trainer.num_steps, trainer.progress.step) as display, graceful_stop(trainer):
         trainer.observer = display
         ended = trainer.run()
     if ended == "interrupted":
         words = f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}"
         console.print(words, markup=False, soft_wrap=True)
         return Outcome(prepared, found, _summary(trainer, ended))
+    summary = finish(trainer, ended)
+    console.print(summary_report(summary))
+    return Outcome(prepared, found, summary)
+
+
+def finish(trainer: Trainer, ended: str) -> dict[str, Any]:
+    """Write the best adapter and the summary of a run that has ended, and return the summary; that adapter is in the model."""
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    console.print(summary_report(summary))
-    return Outcome(prepared, found, summary)
+    return summary
 
 
 def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
@@ -159,7 +165,7 @@ def _ranks(trainer: Trainer) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _graceful_stop(trainer: Trainer) -> Iterator[None]:
+def graceful_stop(trainer: Trainer) -> Iterator[None]:
     """Ctrl-C and SIGTERM finish the step and write a checkpoint. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
