@@ -1,6 +1,6 @@
 """learning_curve(): the same run on shares of the rows, and whether more rows would help.
 
-Each share is trained for the same number of epochs, so a larger one takes more steps: that is what a user with more rows would do.
+Each share is trained for the same number of epochs, so a larger one takes more steps, as it would for a user with more rows.
 All runs are compared on the same held-out rows. Larger shares hold the smaller ones of the same repeat.
 """
 
