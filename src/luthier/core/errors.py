@@ -15,7 +15,8 @@
     ├── DataError(ValueError)            a row or a data set cannot be used; names the row
     ├── CheckpointError(ValueError)      a run folder cannot be resumed
     ├── TrainingError(RuntimeError)      training went wrong: no gradient, a base that changed
-    │   └── DivergedError                a loss or a gradient is not finite
+    │   ├── DivergedError                a loss or a gradient is not finite
+    │   └── ProcessLostError             another process of the same run ended or does not answer
     ├── RequestError(ValueError)         a request can never be served: too long, too many adapters, an id twice
     ├── EngineError(RuntimeError)        the engine is closed, or an answer cannot go on
     ├── QueueFullError(RuntimeError)     too many requests wait; try again later (HTTP's 429)
@@ -37,6 +38,9 @@ from collections.abc import Iterable, Sequence
 
 class LuthierError(Exception):
     """The root: catches everything luthier raises on purpose."""
+
+    is_told: bool = False
+    """Whether another process of the same run tells it to the user."""
 
 
 class ConfigError(LuthierError, ValueError):
@@ -101,6 +105,10 @@ class TrainingError(LuthierError, RuntimeError):
 
 class DivergedError(TrainingError):
     """A loss or a gradient is not finite: other settings may do better."""
+
+
+class ProcessLostError(TrainingError):
+    """Another process of the same run ended or does not answer; the last checkpoint is intact."""
 
 
 class RequestError(LuthierError, ValueError):

@@ -17,6 +17,7 @@ __getattr__, __all__ = lazy_names(
         "Handle": "luthier.engine.jobs",
         "Limits": "luthier.engine.scheduler",
         "LossReport": "luthier.engine.score",
+        "RewardModel": "luthier.engine.reward_model",
         "Sampling": "luthier.engine.requests",
         "answer_log_probs": "luthier.engine.score",
         "answer_loss": "luthier.engine.score",

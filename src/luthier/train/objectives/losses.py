@@ -40,7 +40,7 @@ def dpo(
     `label_smoothing` eps is the share of pairs believed to be the wrong way round. With `robust` the loss is
     (-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)) / (1 - 2 eps), which has the expectation of the loss without such pairs.
     Source: Rafailov et al. 2023, equation 7 (arXiv:2305.18290); eps: its authors' note "cDPO"; robust: Chowdhury et al. 2024,
-    equation 12 (arXiv:2403.00409).
+    section 3 (arXiv:2403.00409).
     """
     chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     h = chosen_rewards - rejected_rewards
@@ -123,7 +123,7 @@ def kto(
 
     The loss is w (1 - sigmoid(beta (r - kl))) for a desirable answer with the log-ratio r = log pi - log pi_ref, and
     w (1 - sigmoid(beta (kl - r))) for an undesirable one.
-    Source: Ethayarajh et al. 2024, equation 8 (arXiv:2402.01306); w is lambda_D or lambda_U there.
+    Source: Ethayarajh et al. 2024, section 4.1 (arXiv:2402.01306); w is lambda_D or lambda_U there.
     """
     ratios = log_probs - ref_log_probs
     signs = torch.where(is_desirable, 1.0, -1.0).to(ratios.dtype)
