@@ -20,6 +20,7 @@ from luthier.core.environment import environment
 from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
 from luthier.data.preview import preview
 from luthier.ops.packed import stored_bytes
+from luthier.train.aftermath import aftermath
 from luthier.train.display import Display, preflight_report, summary_report
 from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
@@ -142,6 +143,7 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
+    summary["report"] = aftermath(trainer) if trainer.settings.report else None
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
     return Outcome(trainer.prepared, found, summary)
 

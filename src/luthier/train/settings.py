@@ -23,7 +23,7 @@ LATER = ("objective",)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TrackerName = Literal["mlflow", "tensorboard", "trackio", "wandb"]
-LOOKING_ON = frozenset({"anchors", "track", "track_patience", "track_project"})
+LOOKING_ON = frozenset({"anchors", "report", "track", "track_patience", "track_project"})
 """Settings of [train] that change no number: they have no part in a run's digest, nor in the recipe of its adapter."""
 
 
@@ -87,6 +87,9 @@ class TrainSettings(Settings):
     freeze_A: bool = Field(False, description="LoRA-FA: lora_A stays as it began, only lora_B is trained")
     anchors: int = Field(
         0, ge=0, description="keep the adapter as it began, and at so many evenly spaced steps, for `luthier runs trajectory`"
+    )
+    report: bool = Field(
+        default=True, description="look after training whether the model stops by itself, and how far each layer moved"
     )
     track: tuple[TrackerName, ...] = Field((), description="send the run's figures to these too: docs/tracking.md")
     track_project: str | None = Field(None, min_length=1, description="project (MLflow: experiment) there; default: luthier")

@@ -110,6 +110,10 @@ def check_run(run: RunSettings, purpose: str) -> None:
     kind: str = run.objective.kind
     if kind != "sft":
         faults.append(f"objective is {kind!r}; answers' losses are compared row by row, which only 'sft' has")
+    if run.adapter is not None:
+        faults.append("adapter continues one that has its rank and targets; leave it out")
+    if run.train.processes not in (None, 1) or run.train.shard != "none":
+        faults.append("train.processes and train.shard spread a run over processes; here all runs are made in one")
     if run.train.full:
         faults.append("train.full trains every weight; it has no rank, and cannot be taken out of the base")
     if run.lora.init_lora_weights == LOFTQ:

@@ -58,6 +58,7 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> str:
 def on_files(
     settings: RunSettings, train: Path, held_out: Path, out: Path, *, loop: TrainSettings, limit: int | None = None
 ) -> RunSettings:
-    """Return the settings of a run over written rows, with `loop` in the place of its [train]."""
+    """Return the settings of a run over written rows, with `loop` in the place of its [train]; nobody else looks on."""
     data = settings.data.changed(path=str(train), eval_path=str(held_out), limit=limit)
-    return settings.changed(data=data, out=str(out), train=loop)
+    alone = {"report": False, "anchors": 0, "track": (), "track_project": None}
+    return settings.changed(data=data, out=str(out), train=loop.changed(**alone))
