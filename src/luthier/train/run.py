@@ -138,6 +138,11 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
     """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
     if ended == "interrupted":
         return Outcome(trainer.prepared, found, _summary(trainer, ended))
+    return Outcome(trainer.prepared, found, conclude(trainer, ended))
+
+
+def conclude(trainer: Trainer, ended: str) -> dict[str, Any]:
+    """Put the best adapter into the model and the folder, write the summary of the run that has ended, and return it."""
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
@@ -145,7 +150,7 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
     summary = _summary(trainer, ended)
     summary["report"] = aftermath(trainer) if trainer.settings.report else None
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    return Outcome(trainer.prepared, found, summary)
+    return summary
 
 
 @contextmanager

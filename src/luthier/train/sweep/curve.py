@@ -16,8 +16,7 @@ import tomli_w
 from luthier.core.atomic import write_atomic
 from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError
 from luthier.data.read import read_rows
-from luthier.train.preflight import preflight
-from luthier.train.run import finish, graceful_stop
+from luthier.train.run import conclude, graceful_stop
 from luthier.train.settings import RunSettings, without_none
 from luthier.train.sweep.bench import Bench, carry_out
 from luthier.train.sweep.plot import plot_curve
@@ -112,7 +111,7 @@ def _point(bench: Bench, settings: RunSettings) -> dict[str, Any] | None:
             ended = carry_out(trainer, lambda step, loss: False, lambda step: None)
             if ended == "interrupted":
                 return None
-            summary = finish(trainer, preflight(trainer, timed=False), ended).summary
+            summary = conclude(trainer, ended)
         point = {
             "rows": settings.data.limit,
             "loss": summary["best_eval_loss"],

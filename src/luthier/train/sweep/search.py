@@ -24,9 +24,8 @@ from filelock import FileLock, Timeout
 from luthier.core.atomic import write_atomic
 from luthier.core.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from luthier.train.display import duration
-from luthier.train.preflight import preflight
 from luthier.train.rows import Rows, read_and_encode
-from luthier.train.run import finish, graceful_stop
+from luthier.train.run import conclude, graceful_stop
 from luthier.train.settings import RunSettings, without_none
 from luthier.train.sweep.bench import Bench, carry_out
 from luthier.train.sweep.paired import RowLosses, row_losses
@@ -232,7 +231,7 @@ class Sweep:
             if ended == "diverged":
                 record["reason"] = reason
             elif ended != "pruned":
-                finish(trainer, preflight(trainer, timed=False), ended)
+                conclude(trainer, ended)
                 assert self.rows.held_out is not None
                 losses = row_losses(self.bench.model, self.rows.held_out.rows, self.bench.pad_id)
                 record |= {"loss": trainer.progress.best_loss, "best_step": trainer.progress.best_step, "row_losses": losses}
