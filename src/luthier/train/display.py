@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.core.words import duration, gib
+from luthier.train.aftermath import told
 from luthier.train.loop import EvalRecord, StepRecord
 from luthier.train.memory import held_memory
 from luthier.train.preflight import Preflight
@@ -127,6 +128,8 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
         early = "; the step that was kept came before the last allocation" if ranks["total"] > ranks["target"] else ""
         spread = f"{min(layers)} to {max(layers)} a layer, {ranks['total']} in all (target {ranks['target']})"
         table.add_row("ranks", spread + early)
+    for subject, line in told(summary["report"]) if summary.get("report") else ():
+        table.add_row(subject, Text(line))
     if summary["plot"]:
         table.add_row("picture", Text(summary["plot"]))
     for command in summary["next"]:

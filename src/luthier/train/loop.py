@@ -31,7 +31,7 @@ from luthier.adapt.ranks import RankAllocator, drop_masked
 from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start
 from luthier.core.allocator import release_freed_memory
 from luthier.core.config import AdaLoraConfig
-from luthier.core.errors import CheckpointError, TrainingError
+from luthier.core.errors import CheckpointError, DivergedError, TrainingError
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
@@ -39,7 +39,7 @@ from luthier.formats.note import TENSOR_FILE
 from luthier.ops.compiler import use_compiler
 from luthier.ops.packed import stored_bytes
 from luthier.ops.scratch import release_scratch
-from luthier.train.groups import parameter_groups
+from luthier.train.groups import gradient_norms, parameter_groups
 from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
 from luthier.train.objectives import objective_class
 from luthier.train.objectives.base import MicroBatch
@@ -354,6 +354,8 @@ class Trainer:
             self._check_gradients()
         if self.ranks is not None and self.ranks.config.orth_reg_weight:
             self.ranks.penalty().backward()  # in the gradients only: the loss that is reported is the one of the answers
+        if self.settings.report and self.world.is_first and self._is_due(self.eval_every, step + 1):
+            self.folder.append_layers(step + 1, gradient_norms(self.items))
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         self._check_finite("gradient norm", norm, planned)
         rate = learning_rate(step, self.num_steps, self.settings)
@@ -441,8 +443,9 @@ class Trainer:
             return tokens >= TOKENS_WORTH_COMPILING
         return self.settings.compile == "on"
 
-    def _is_due(self, every: int | None) -> bool:
-        return bool(every) and (self.progress.step % (every or 1) == 0 or self.progress.step == self.num_steps)
+    def _is_due(self, every: int | None, step: int | None = None) -> bool:
+        step = self.progress.step if step is None else step
+        return bool(every) and (step % (every or 1) == 0 or step == self.num_steps)
 
     def _moments(self) -> list[tuple[int, str, Tensor]]:
         return [
@@ -460,7 +463,7 @@ class Trainer:
             return
         items = [index for indices in planned for index in indices]
         rows = sorted({row.row for index in items for row in self.prepared.rows.item(index)})
-        raise TrainingError(
+        raise DivergedError(
             f"the {what} of step {self.progress.step + 1} is {value} (rows {rows[:8]}{' ...' if len(rows) > 8 else ''}). "
             f"Nothing was updated; the last checkpoint is at step {self.saved_step}. Try a lower learning rate (now "
             f"{self.settings.learning_rate:g}) or dtype float32."

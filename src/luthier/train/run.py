@@ -18,6 +18,7 @@ from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
 from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError
 from luthier.data.preview import preview
+from luthier.train.aftermath import aftermath
 from luthier.train.display import Display, preflight_report, summary_report
 from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
@@ -135,13 +136,19 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
     """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
     if ended == "interrupted":
         return Outcome(trainer.prepared, found, _summary(trainer, ended))
+    return Outcome(trainer.prepared, found, conclude(trainer, ended))
+
+
+def conclude(trainer: Trainer, ended: str) -> dict[str, Any]:
+    """Put the best adapter into the model and the folder, write the summary of the run that has ended, and return it."""
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
+    summary["report"] = aftermath(trainer) if trainer.settings.report else None
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    return Outcome(trainer.prepared, found, summary)
+    return summary
 
 
 def artifacts(summary: dict[str, Any]) -> list[Path]:
