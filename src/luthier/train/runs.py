@@ -25,8 +25,9 @@ OWN_FILES = frozenset({LOG_FILE, SUMMARY_FILE, STATUS_FILE, "checkpoints"})
 class RunEntry:
     """One run at a glance. `best_loss` is the lowest on held-out rows, `loss` that of training over the last steps.
 
-    `status` is finished, early stop, interrupted, failed, running, killed (its process is gone and said nothing), unfinished (it
-    never said how it fares) or broken, and `fault` says why it is broken. `changed` is when its files were last written to.
+    `status` is finished, early stop, interrupted, pruned (by a sweep), failed, running, killed (its process is gone and said
+    nothing), unfinished (it never said how it fares) or broken, and `fault` says why it is broken. `changed` is when its files
+    were last written to.
     """
 
     path: Path

@@ -27,7 +27,9 @@ import torch
 from luthier.core.errors import ConfigError, MissingExtraError, TrainingError
 from luthier.train.many import train_many
 from luthier.train.run import Outcome, resume, train
+from luthier.train.runs import read_run
 from luthier.train.settings import RunSettings
+from luthier.train.sweep.bench import Bench, carry_out
 from luthier.train.tracking import base
 from luthier.train.tracking.base import Record, RunFacts, check_trackers, flattened
 from luthier.train.tracking.channel import Channel
@@ -416,6 +418,14 @@ def test_runs_over_one_base_are_followed_each_by_itself(run_settings: Make, tmp_
         assert len(logged) == steps
         assert statuses(folder) == ["finished"]
         assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+
+
+def test_a_trial_of_a_sweep_is_followed_too(run_settings: Make) -> None:
+    settings = run_settings(train={"eval_every": 2, **WATCHED})
+    with Bench(settings, lambda words: None).trainer(settings) as trainer:
+        ended = carry_out(trainer, lambda step, loss: step == 4, lambda step: None)
+    assert ended == read_run(settings.out).status == "pruned"
+    assert statuses(Path(settings.out)) == ["interrupted"]
 
 
 def test_a_tracker_that_cannot_be_started_is_told(

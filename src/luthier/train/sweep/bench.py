@@ -1,5 +1,6 @@
 """Bench: one base in memory, and run after run over it. After each the base is what it was, bit for bit."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,15 @@ from luthier.core.errors import CheckpointError, TrainingError
 from luthier.engine.score import can_take_packed
 from luthier.formats.adapters import fingerprint_of
 from luthier.models.load import load_model
-from luthier.train.loop import EvalRecord, StepRecord, Trainer
+from luthier.train.loop import Both, EvalRecord, StepRecord, Trainer
 from luthier.train.prepare import pad_id_of, prepare
 from luthier.train.rows import Rows
 from luthier.train.runfolder import CONFIG_FILE, RunFolder
 from luthier.train.schedule import plan_steps
 from luthier.train.settings import RunSettings
+from luthier.train.tracking.follow import Following
+
+log = logging.getLogger(__name__)
 
 Decide = Callable[[int, float], bool]
 """From an evaluation's step and held-out loss to whether the run should end here."""
@@ -107,8 +111,20 @@ def carry_out(trainer: Trainer, decide: Decide, on_step: Callable[[int], None]) 
 
     Evaluations that were made before the run was taken up are put to `decide` first, as if they had just been made.
     """
-    watching = Watching(on_step)
-    trainer.observer = watching
+    watching, following = Watching(on_step), Following(trainer)
+    trainer.observer = Both(watching, following)
+    ended = "failed"
+    try:
+        ended = _ended(trainer, watching, decide)
+    finally:
+        following.end(ended)
+        for report in following.wait():
+            if report.fault:
+                log.warning(str(report))
+    return ended
+
+
+def _ended(trainer: Trainer, watching: Watching, decide: Decide) -> str:
     for record in trainer.folder.read_log():
         is_last = record["step"] == trainer.num_steps  # nobody decides there: it has cost what it costs
         if "eval_loss" in record and not is_last and decide(record["step"], record["eval_loss"]):

@@ -15,7 +15,7 @@ from luthier.train.tracking.channel import Channel, Report
 if TYPE_CHECKING:
     from luthier.train.loop import EvalRecord, StepRecord, Trainer
 
-STATUS: dict[str, Status] = {"failed": "failed", "interrupted": "interrupted"}
+STATUS: dict[str, Status] = {"failed": "failed", "interrupted": "interrupted", "pruned": "interrupted"}
 """How a run ended -> the word for it in trackers; every other end is "finished"."""
 
 
@@ -47,7 +47,7 @@ class Following:
         self._send(record)
 
     def end(self, ended: str, artifacts: Sequence[Path] = ()) -> None:
-        """Tell how the run ended ("failed", or what `Trainer.run` returns), if that has not been told; waits for nobody."""
+        """Tell how the run ended: "failed", "pruned", or what `Trainer.run` returns. Waits for nobody; the first call counts."""
         if self.has_ended:
             return
         self.has_ended = True
