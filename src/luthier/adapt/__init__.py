@@ -11,6 +11,7 @@ __getattr__, __all__ = lazy_names(
         "AttachPlan": "luthier.adapt.planning",
         "RankAllocator": "luthier.adapt.ranks",
         "activate": "luthier.adapt.switching",
+        "add_score_head": "luthier.adapt.score_head",
         "adapter_parameters": "luthier.adapt.state",
         "attach": "luthier.adapt.attaching",
         "attach_loftq": "luthier.adapt.loftq",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from luthier.adapt.score_head import ScoreHead
 from luthier.core.errors import AdapterStateError
 from luthier.layers.base import AdaptedModule
 from luthier.layers.kinds import PARAMETER, LayerKind, layer_kind
@@ -129,13 +130,15 @@ def pairs_with_start(model: nn.Module, name: str = "default") -> dict[str, LoraP
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the base's own parameters: adapters left out, merged weights as they were before the merge.
+    """Yield (name, tensor) of the base's own parameters: adapters and the head of a reward model left out, merged weights as they
+    were before the merge.
 
     Tied parameters come once, under the first of their names.
     """
     roster = find_roster(model)
     merged = {fold.name: fold for fold in roster.folds} if roster else {}
-    inside = adapter_prefixes(model)
+    heads = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, ScoreHead))
+    inside = adapter_prefixes(model) + heads
     seen: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.startswith(inside):

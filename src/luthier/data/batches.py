@@ -37,16 +37,25 @@ class Batch:
 class PackedBatch:
     """Rows one after another without padding, longest first: input_ids (1, N) int64 and their `lengths`, which sum to N.
 
-    `targets` (N,) is for each token the label of the one that comes next in its row, UNLABELLED at each row's last.
+    `targets` (N,) is for each token the label of the one that comes next in its row, UNLABELLED at each row's last. `order` says
+    which of the rows that `pack` was given lies where; empty: as they were given.
     """
 
     input_ids: "torch.Tensor"
     targets: "torch.Tensor"
     lengths: tuple[int, ...]
+    order: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    def row_of_each_token(self) -> "torch.Tensor":
+        """Return for each of the N tokens the index of its row among those that `pack` was given: (N,) int64."""
+        import torch
+
+        order = torch.tensor(self.order or range(len(self.lengths)))
+        return order.repeat_interleave(torch.tensor(self.lengths))
 
 
 def plan_epoch(
@@ -119,10 +128,11 @@ def pack(rows: Sequence[EncodedRow]) -> PackedBatch:
 
     if not rows:
         raise DataError("A batch needs at least one row.")
-    ordered = sorted(rows, key=len, reverse=True)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+    ordered = [rows[index] for index in order]
     input_ids = torch.tensor([token for row in ordered for token in row.input_ids]).unsqueeze(0)
     targets = torch.tensor([label for row in ordered for label in (*row.labels[1:], UNLABELLED)])
-    return PackedBatch(input_ids, targets, tuple(len(row) for row in ordered))
+    return PackedBatch(input_ids, targets, tuple(len(row) for row in ordered), tuple(order))
 
 
 def split_rows(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ Labels are ids where the model is to learn, -100 elsewhere. Three rules, each ag
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
@@ -55,13 +55,21 @@ class EncodedSet:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", *, max_length: int, chat_template: str = "auto"
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    chat_template: str = "auto",
+    last_answer: bool = False,
+    width: int = 1,
 ) -> EncodedSet:
     """Return the examples as token ids with labels on the answers and their stop tokens only.
 
     chat_template: "auto" is the tokenizer's own, or plain concatenation where it has none; "none" forces the latter; else
         the text of a Jinja template.
     max_length: longer rows lose their right end, counted in the report; a row left without a label is dropped, counted.
+    last_answer: only the last answer of a conversation is labelled, and each example is one row.
+    width: so many rows after one another belong together: where one is dropped, so are the others (only with last_answer).
     Raises: DataError where rows cannot be rendered (listed), where nothing would be trained on (with the reason), or where
     the tokenizer cannot be used. ConfigError for a max_length below 2.
     """
@@ -72,10 +80,13 @@ def encode(
     if len({example.text is None for example in examples}) > 1:
         raise DataError("Plain texts and conversations are mixed; they are encoded differently. Make two sets of them.")
     text_maker = renderer(tokenizer, chat_template)
-    texts = _render_all(examples, text_maker)
+    assert width == 1 or (last_answer and len(examples) % width == 0)
+    texts = _render_all(examples, text_maker, last_answer=last_answer)
     stop_id, stop_token = _stop_token(tokenizer, text_maker, texts)
-    rows, tally = _cut(_Pieces(tokenizer).encode(texts, stop_id), max_length, stop_id, stop_token)
-    return EncodedSet(rows, _coverage(rows, tally, texts, examples, tokenizer, stop_id, stop_token))
+    whole = list(_Pieces(tokenizer).encode(texts, stop_id))
+    rows, tally = _cut([whole[at : at + width] for at in range(0, len(whole), width)], max_length, stop_id, stop_token)
+    tally["split"] = 0 if last_answer else sum(count > 1 for count in Counter(text.row for text in texts).values())
+    return EncodedSet(rows, _coverage(rows, tally, examples, tokenizer, stop_id, stop_token))
 
 
 def render_prompt(example: Example, tokenizer: "PreTrainedTokenizerBase", chat_template: str = "auto") -> list[int]:
@@ -119,33 +130,39 @@ def reference_answer(example: Example) -> str:
     return next(message.content for message in reversed(example.messages) if message.role == "assistant")
 
 
-def _render_all(examples: Sequence[Example], text_maker: ChatRenderer | PlainRenderer) -> list[RenderedRow]:
+def _render_all(examples: Sequence[Example], text_maker: ChatRenderer | PlainRenderer, *, last_answer: bool) -> list[RenderedRow]:
     texts: list[RenderedRow] = []
     faults = RowFaults()
     for example in examples:
         try:
-            texts += text_maker.rendered(example)
+            found = text_maker.rendered(example)
+            texts += [replace(found[-1], spans=found[-1].spans[-1:])] if last_answer else found
         except RenderFault as fault:
             faults.add(f"row {example.row}", str(fault))
     faults.raise_if_any(f"Some of the {len(examples)} rows cannot be rendered, counted from 0")
     return texts
 
 
-def _cut(whole: Iterable[EncodedRow], max_length: int, stop_id: int, stop_token: str) -> tuple[list[EncodedRow], Counter[str]]:
-    """Return the rows cut to max_length, without those that lose all labels, and how many were truncated and dropped."""
+def _cut(
+    items: Iterable[list[EncodedRow]], max_length: int, stop_id: int, stop_token: str
+) -> tuple[list[EncodedRow], Counter[str]]:
+    """Return the rows cut to max_length, without the items that lose all labels of a row, and how many rows were truncated and
+    dropped."""
     rows: list[EncodedRow] = []
     tally = Counter[str]()
     shortest = sys.maxsize
-    for row in whole:
-        if row.labels[-1] != stop_id:
-            raise DataError(f"row {row.row}: the tokenizer does not make its own token of {stop_token!r} at the answer's end.")
-        first_label = next(index for index, label in enumerate(row.labels) if label != UNLABELLED)
-        shortest = min(shortest, first_label + 1)
-        tally["truncated"] += len(row) > max_length
-        if first_label < max_length:
-            rows.append(EncodedRow(row.row, row.input_ids[:max_length], row.labels[:max_length]))
+    for item in items:
+        if unstopped := [row.row for row in item if row.labels[-1] != stop_id]:
+            raise DataError(
+                f"row {unstopped[0]}: the tokenizer does not make its own token of {stop_token!r} at the answer's end."
+            )
+        begins = max(next(index for index, label in enumerate(row.labels) if label != UNLABELLED) for row in item)
+        shortest = min(shortest, begins + 1)
+        tally["truncated"] += sum(len(row) > max_length for row in item)
+        if begins < max_length:
+            rows += [EncodedRow(row.row, row.input_ids[:max_length], row.labels[:max_length]) for row in item]
         else:
-            tally["dropped"] += 1
+            tally["dropped"] += len(item)
     if not rows:
         raise DataError(
             f"There is nothing to learn: all {tally['dropped']} rows are cut to max_length={max_length} before their answer "
@@ -157,7 +174,6 @@ def _cut(whole: Iterable[EncodedRow], max_length: int, stop_id: int, stop_token:
 def _coverage(
     rows: Sequence[EncodedRow],
     tally: Counter[str],
-    texts: Sequence[RenderedRow],
     examples: Sequence[Example],
     tokenizer: "PreTrainedTokenizerBase",
     stop_id: int,
@@ -170,7 +186,7 @@ def _coverage(
         rows=len(rows),
         dropped=tally["dropped"],
         truncated=tally["truncated"],
-        split_turns=sum(texts_of_row > 1 for texts_of_row in Counter(text.row for text in texts).values()),
+        split_turns=tally["split"],
         tokens=sum(lengths),
         labelled_tokens=labelled,
         share=labelled / sum(lengths),

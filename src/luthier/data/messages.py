@@ -75,7 +75,7 @@ def to_examples(
     examples, faults = [], RowFaults()
     for index, row in enumerate(rows):
         try:
-            examples.append(_with_system(build(index, row), system))
+            examples.append(with_system(build(index, row), system))
         except RowFault as fault:
             faults.add(f"row {index}", str(fault))
     faults.raise_if_any(f"{len(rows) - len(examples)} of {len(rows)} rows cannot be used, counted from 0")
@@ -93,7 +93,7 @@ class _TemplateBuilder:
         said = []
         for role, template in (("user", self._prompt), ("assistant", self._completion)):
             try:
-                said.append(Message(role, _text(template.render(row), f"{template.name} gives")))
+                said.append(Message(role, to_text(template.render(row), f"{template.name} gives")))
             except ValueError as fault:
                 raise RowFault(str(fault)) from None
         return Example(index, tuple(said))
@@ -110,7 +110,7 @@ class _FormatBuilder:
             raise RowFault(f"has no {', '.join(map(repr, missing))}.{hints}")
         parts = {part: row[c] for part, c in self._form.columns.items() if row.get(c) not in (None, "")}
         if self._form.kind == "text":
-            return Example(index, text=_text(parts.get("text", ""), f"has in '{self._form.columns['text']}'"))
+            return Example(index, text=to_text(parts.get("text", ""), f"has in '{self._form.columns['text']}'"))
         if self._form.kind == "messages":
             turns = _conversation(row[self._form.columns["messages"]], self._form.columns["messages"])
         else:
@@ -118,12 +118,12 @@ class _FormatBuilder:
         if "system" in parts:
             if turns[0].role == "system":
                 raise RowFault("has a 'system' column and a system message; which one counts?")
-            turns = [Message("system", _text(parts["system"], "has in 'system'")), *turns]
+            turns = [Message("system", to_text(parts["system"], "has in 'system'")), *turns]
         return Example(index, tuple(turns))
 
     def _question_and_answer(self, parts: Mapping[str, Any]) -> list[Message]:
         said = {
-            part: _text(parts.get(part, ""), f"has in '{self._form.columns[part]}'")
+            part: to_text(parts.get(part, ""), f"has in '{self._form.columns[part]}'")
             for part in ("prompt", "input", "completion")
             if part in parts or part != "input"
         }
@@ -133,8 +133,8 @@ class _FormatBuilder:
 
 def _conversation(turns: Any, column: str) -> list[Message]:
     if not isinstance(turns, list) or not turns:
-        raise RowFault(f"has in '{column}' {_what(turns)}; needed is a list of messages")
-    said = [_message(turn, index) for index, turn in enumerate(turns)]
+        raise RowFault(f"has in '{column}' {shown(turns)}; needed is a list of messages")
+    said = [to_message(turn, index) for index, turn in enumerate(turns)]
     if not any(message.role == "assistant" for message in said):
         raise RowFault("has no assistant turn, so nothing to learn")
     if said[0].role == "assistant":
@@ -142,10 +142,11 @@ def _conversation(turns: Any, column: str) -> list[Message]:
     return said
 
 
-def _message(turn: Any, index: int) -> Message:
+def to_message(turn: Any, index: int) -> Message:
+    """Return one turn of a row, message `index` of its conversation. Raises: RowFault."""
     where = f"message {index}"
     if not isinstance(turn, Mapping):
-        raise RowFault(f"{where} is {_what(turn)}; needed is {{'role': ..., 'content': ...}}")
+        raise RowFault(f"{where} is {shown(turn)}; needed is {{'role': ..., 'content': ...}}")
     role_key, content_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     for key in (role_key, content_key):
         if turn.get(key) is None:
@@ -157,23 +158,26 @@ def _message(turn: Any, index: int) -> Message:
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) and role_key == "from" else role
     if role not in ROLES:
         raise RowFault(f"{where} has the role {turn[role_key]!r}; known are {', '.join(ROLES)}")
-    return Message(role, _text(turn[content_key], f"{where} has in '{content_key}'"))
+    return Message(role, to_text(turn[content_key], f"{where} has in '{content_key}'"))
 
 
-def _with_system(example: Example, system: str | None) -> Example:
+def with_system(example: Example, system: str | None) -> Example:
+    """Return the example with this system message, if it has none of its own."""
     if system is None or example.messages[0].role == "system":
         return example
     return Example(example.row, (Message("system", system), *example.messages))
 
 
-def _text(value: Any, where: str) -> str:
+def to_text(value: Any, where: str) -> str:
+    """Return a value that must be a text with something in it. Raises: RowFault, which begins with `where`."""
     if not isinstance(value, str):
-        raise RowFault(f"{where} {_what(value)}; needed is a string")
+        raise RowFault(f"{where} {shown(value)}; needed is a string")
     if not value.strip():
         raise RowFault(f"{where} nothing: it is empty")
     return value
 
 
-def _what(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown[:40]}{'...' if len(shown) > 40 else ''}"
+def shown(value: Any) -> str:
+    """Return type and beginning of a value, for a message about it."""
+    text = repr(value)
+    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"

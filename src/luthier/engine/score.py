@@ -18,19 +18,21 @@ import torch
 import torch.nn.functional as F
 
 from luthier.adapt.fusing import decoder_of, fusion_of
-from luthier.core.errors import AdapterStateError, ConfigError, DataError, TrainingError
+from luthier.core.errors import AdapterStateError, ConfigError, DataError, ModelError, TrainingError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.engine.batches import batches_by_length
 from luthier.engine.modes import evaluating
 from luthier.layers.fused import needs_finishing, projection_of
 from luthier.ops.cross_entropy import labelled_cross_entropy
 from luthier.ops.documents import Documents
+from luthier.ops.log_probs import labelled_log_probs
 from luthier.ops.products import fast_products
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.data.encode import EncodedRow
+    from luthier.ops.projection import Projection
 
 IGNORED = -100  # the label of a token that is not part of an answer, as everywhere in the field
 
@@ -61,15 +63,34 @@ def answer_loss(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tens
     if decoder is not None and fusion_of(model).head_is_plain:
         hidden_BTI = decoder(**inputs).last_hidden_state[:, :-1]
         return _loss_of_hidden(model, hidden_BTI.flatten(0, 1), targets_BT.flatten())
+    logits_KV, targets_K = _labelled_logits(model, inputs, targets_BT)
+    return F.cross_entropy(logits_KV, targets_K, reduction="sum"), len(targets_K)
+
+
+def answer_log_probs(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tensor, Tensor]":
+    """Return the log-probability (nats, float32, differentiable) of each labelled token, and which row each belongs to.
+
+    Both (K,), the rows as indices among those that were given to `collate` or `pack`; the sum of the first is minus what
+    `answer_loss` returns, and costs no more memory. `row_sums` adds them up by row. Raises: as `answer_loss` does.
+    """
+    if isinstance(batch, PackedBatch):
+        hidden_NI, targets_N = packed_hidden(model, batch)
+        rows_N = batch.row_of_each_token().to(targets_N.device)
+        return _log_probs_of_hidden(model, hidden_NI, targets_N), rows_N[targets_N != IGNORED]
+    inputs, targets_BT = _inputs_and_targets(model, batch)
     is_labelled_BT = targets_BT != IGNORED
-    positions_K = is_labelled_BT.any(dim=0).nonzero().squeeze(1)
-    if "logits_to_keep" in _forward_parameters(model):
-        logits_BKV = model(**inputs, logits_to_keep=positions_K).logits
-    else:
-        logits_BKV = model(**inputs).logits[:, positions_K]
-    is_labelled_BK = is_labelled_BT[:, positions_K]
-    targets = targets_BT[:, positions_K][is_labelled_BK]
-    return F.cross_entropy(logits_BKV[is_labelled_BK].float(), targets, reduction="sum"), len(targets)
+    rows_K = is_labelled_BT.nonzero()[:, 0]
+    decoder = decoder_of(model)
+    if decoder is not None and fusion_of(model).head_is_plain:
+        hidden_BTI = decoder(**inputs).last_hidden_state[:, :-1]
+        return _log_probs_of_hidden(model, hidden_BTI.flatten(0, 1), targets_BT.flatten()), rows_K
+    logits_KV, targets_K = _labelled_logits(model, inputs, targets_BT)
+    return -F.cross_entropy(logits_KV, targets_K, reduction="none"), rows_K
+
+
+def row_sums(values_K: "Tensor", rows_K: "Tensor", num_rows: int) -> "Tensor":
+    """Return (num_rows,): the sum of the values of each row; 0 for a row that has none."""
+    return values_K.new_zeros(num_rows).index_add(0, rows_K, values_K)
 
 
 def packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Tensor]":
@@ -99,24 +120,75 @@ def packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Te
     return hidden_1NI[0], targets_N
 
 
+def last_hidden(model: "nn.Module", batch: "Batch | PackedBatch") -> "Tensor":
+    """Return the last hidden state of each row's last token: (B, I), rows as they were given to `collate` or `pack`.
+
+    What a score head reads. Raises: AdapterStateError or DataError as `answer_loss`, ModelError for a model that has no decoder
+    apart from its head.
+    """
+    if isinstance(batch, PackedBatch):
+        hidden_NI, _ = packed_hidden(model, batch)
+        ends = torch.tensor(batch.lengths).cumsum(0) - 1
+        places = torch.empty_like(ends)
+        places[torch.tensor(batch.order or range(len(ends)))] = ends
+        return hidden_NI[places.to(hidden_NI.device)]
+    decoder = decoder_of(model)
+    if decoder is None:
+        raise ModelError(f"{type(model).__name__} has no decoder apart from its head, so its hidden states cannot be scored")
+    inputs, _ = _inputs_and_targets(model, batch)
+    hidden_BTI = decoder(**inputs).last_hidden_state
+    ends = batch.attention_mask.sum(dim=1) - 1
+    return hidden_BTI[torch.arange(len(ends)), ends.to(hidden_BTI.device)]
+
+
 def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor") -> "tuple[Tensor, int]":
     """Return the loss at the labelled positions; the head is known to be plain."""
+    hidden_KI, targets_K, projection = _labelled_hidden(model, hidden_NI, targets_N)
+    if projection is not None:
+        return labelled_cross_entropy(hidden_KI, targets_K, projection, products=fast_products(hidden_KI)), len(targets_K)
+    logits_KV = _wide(model.get_output_embeddings()(hidden_KI))  # type: ignore[operator]
+    return F.cross_entropy(logits_KV, targets_K, reduction="sum"), len(targets_K)
+
+
+def _log_probs_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor") -> "Tensor":
+    """Return the log-probabilities at the labelled positions; the head is known to be plain."""
+    hidden_KI, targets_K, projection = _labelled_hidden(model, hidden_NI, targets_N)
+    if projection is not None:
+        return labelled_log_probs(hidden_KI, targets_K, projection, products=fast_products(hidden_KI))
+    logits_KV = _wide(model.get_output_embeddings()(hidden_KI))  # type: ignore[operator]
+    return -F.cross_entropy(logits_KV, targets_K, reduction="none")
+
+
+def _labelled_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor") -> "tuple[Tensor, Tensor, Projection | None]":
+    """Return hidden states and targets of the labelled positions, and the head as `luthier.ops` takes it, where it can."""
     positions_K = (targets_N != IGNORED).nonzero().squeeze(1)
     hidden_KI, targets_K = hidden_NI.index_select(0, positions_K), targets_N[positions_K]
     head = model.get_output_embeddings()  # type: ignore[operator]
     projection = projection_of(head, hidden_KI)
-    if projection is not None and not projection.dropout and not needs_finishing(head):
-        return labelled_cross_entropy(hidden_KI, targets_K, projection, products=fast_products(hidden_KI)), len(targets_K)
-    logits_KV = head(hidden_KI)
-    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
-    return F.cross_entropy(logits_KV, targets_K, reduction="sum"), len(targets_K)
+    is_fast = projection is not None and not projection.dropout and not needs_finishing(head)
+    return hidden_KI, targets_K, projection if is_fast else None
+
+
+def _labelled_logits(model: "nn.Module", inputs: "dict[str, Any]", targets_BT: "Tensor") -> "tuple[Tensor, Tensor]":
+    """Return the model's own logits (K, V), in float32 at least, and the targets (K,), at the labelled positions, row by row."""
+    is_labelled_BT = targets_BT != IGNORED
+    positions = is_labelled_BT.any(dim=0).nonzero().squeeze(1)
+    if "logits_to_keep" in _forward_parameters(model):
+        logits_BPV = model(**inputs, logits_to_keep=positions).logits
+    else:
+        logits_BPV = model(**inputs).logits[:, positions]
+    is_labelled_BP = is_labelled_BT[:, positions]
+    return _wide(logits_BPV[is_labelled_BP]), targets_BT[:, positions][is_labelled_BP]
+
+
+def _wide(logits: "Tensor") -> "Tensor":
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def answer_loss_plain(model: "nn.Module", batch: "Batch") -> "tuple[Tensor, int]":
     """The plain expression `answer_loss` equals: logits at every position, cross entropy where the next token is labelled."""
     inputs, targets_BT = _inputs_and_targets(model, batch)
-    logits_BTV = model(**inputs).logits[:, :-1]
-    logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    logits_BTV = _wide(model(**inputs).logits[:, :-1])
     loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss, int((targets_BT != IGNORED).sum())
 

@@ -3,11 +3,13 @@
     loss = sum_k [ logsumexp(z_k) - z_k[target_k] ],    z = hidden W^T + b + s hidden A^T B^T
 
 Chunk by chunk, logits are formed, turned into the gradient that they need (softmax minus one-hot), multiplied back, and dropped.
-The gradient of the sum is therefore known when the forward pass ends, and the backward pass only scales it.
+The gradient of the sum is therefore known when the forward pass ends, and the backward pass only scales it. Where each position
+has a gradient of its own to come (preferences, rewards), `luthier.ops.log_probs` does the same without adding up.
 
 Shape letters: K labelled positions, I width of the hidden states, V vocabulary, R rank.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,26 +59,14 @@ class _LabelledCrossEntropy(Function):
         scaling, products, wanted = constants
         wide = torch.promote_types(products, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        head = HeadProducts(weight, bias, lora_A, lora_B, scaling, products)
         d_hidden = torch.empty_like(hidden) if wanted else None
-        has_pair = lora_A is not None and lora_B is not None
-        A_RI = lora_A.to(products) if has_pair else None  # type: ignore[union-attr]
-        B_VR = torch.mul(lora_B, scaling).to(products) if has_pair else None  # type: ignore[arg-type]
-        learns_A, learns_B = (wanted and has_pair and learns for learns in ctx.needs_input_grad[-2:])
+        learns_A, learns_B = (wanted and learns for learns in ctx.needs_input_grad[-2:])
         d_A = torch.zeros_like(lora_A, dtype=wide) if learns_A else None  # type: ignore[arg-type]
         d_B = torch.zeros_like(lora_B, dtype=wide) if learns_B else None  # type: ignore[arg-type]
-        chunk = max(1, min(len(hidden), CHUNK_BYTES // (4 * weight.shape[0])))
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        for rows in chunks(len(hidden), len(weight)):
             x, target = hidden[rows].to(products), targets[rows, None]
-            z = x.new_empty(len(x), len(weight))
-            for entries, weight_VI in row_slices(weight, products):
-                torch.mm(x, weight_VI.T, out=z[:, entries])
-            if bias is not None:
-                z += bias
-            if A_RI is not None and B_VR is not None:
-                h = x @ A_RI.T
-                z.addmm_(h, B_VR.T)
-            z = z.to(wide)
+            z, h = head.logits(x)
             # All in the memory of the logits: logsumexp would take as much again, and its exponentials are needed below.
             of_target, highest = z.gather(1, target), z.amax(dim=-1, keepdim=True)
             sums = z.sub_(highest).exp_().sum(dim=-1, keepdim=True)
@@ -84,19 +74,11 @@ class _LabelledCrossEntropy(Function):
             if d_hidden is None:
                 continue
             d_z = z.div_(sums).scatter_add_(1, target, z.new_full((), -1.0).expand_as(target)).to(products)
-            is_wide_enough = d_hidden.dtype == products
-            d_x = d_hidden[rows] if is_wide_enough else torch.empty_like(x)
-            for entries, weight_VI in row_slices(weight, products):
-                torch.addmm(d_x, d_z[:, entries], weight_VI, beta=int(entries.start > 0), out=d_x)
-            if A_RI is not None and B_VR is not None:
-                d_h = d_z @ B_VR
-                d_x.addmm_(d_h, A_RI)
-                if d_A is not None:
-                    d_A += d_h.T @ x
-                if d_B is not None:
-                    d_B += d_z.T @ h
-            if not is_wide_enough:
-                d_hidden[rows] = d_x
+            d_h = head.back(d_z, d_hidden[rows])
+            if d_A is not None:
+                d_A += d_h.T @ x
+            if d_B is not None:
+                d_B += d_z.T @ h
         ctx.save_for_backward(
             d_hidden,
             None if d_A is None else d_A.to(lora_A.dtype),  # type: ignore[union-attr]
@@ -109,3 +91,54 @@ class _LabelledCrossEntropy(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         d_hidden, d_A, d_B = (None if each is None else each * upstream.to(each.dtype) for each in ctx.saved_tensors)
         return d_hidden, None, None, None, None, d_A, d_B
+
+
+class HeadProducts:
+    """An output layer, the products with it in one dtype: logits of a chunk of hidden states, and gradients back through them."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        products: torch.dtype,
+    ) -> None:
+        self.weight, self.bias, self.products = weight, bias, products
+        self.A_RI = None if lora_A is None else lora_A.to(products)
+        self.B_VR = None if lora_B is None else torch.mul(lora_B, scaling).to(products)
+
+    def logits(self, x_KI: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits (K, V) of a chunk, in float32 at least, and x A^T (K, R; of no width without a pair)."""
+        z = x_KI.new_empty(len(x_KI), len(self.weight))
+        for entries, weight_VI in row_slices(self.weight, self.products):
+            torch.mm(x_KI, weight_VI.T, out=z[:, entries])
+        if self.bias is not None:
+            z += self.bias
+        h = x_KI.new_empty(len(x_KI), 0)
+        if self.A_RI is not None and self.B_VR is not None:
+            h = x_KI @ self.A_RI.T
+            z.addmm_(h, self.B_VR.T)
+        return z.to(torch.promote_types(self.products, torch.float32)), h
+
+    def back(self, d_z_KV: Tensor, d_hidden_KI: Tensor) -> Tensor:
+        """Write the gradient of the hidden states into `d_hidden_KI`, and return that of x A^T."""
+        is_wide_enough = d_hidden_KI.dtype == self.products
+        d_x = d_hidden_KI if is_wide_enough else torch.empty_like(d_hidden_KI, dtype=self.products)
+        for entries, weight_VI in row_slices(self.weight, self.products):
+            torch.addmm(d_x, d_z_KV[:, entries], weight_VI, beta=int(entries.start > 0), out=d_x)
+        d_h = d_z_KV.new_empty(len(d_z_KV), 0)
+        if self.A_RI is not None and self.B_VR is not None:
+            d_h = d_z_KV @ self.B_VR
+            d_x.addmm_(d_h, self.A_RI)
+        if not is_wide_enough:
+            d_hidden_KI.copy_(d_x)
+        return d_h
+
+
+def chunks(count: int, vocabulary: int) -> Iterator[slice]:
+    """Yield slices of `count` positions, each of which has logits of CHUNK_BYTES at most (or is one position)."""
+    step = max(1, min(count, CHUNK_BYTES // (4 * vocabulary)))
+    for start in range(0, count, step):
+        yield slice(start, start + step)

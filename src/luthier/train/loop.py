@@ -96,6 +96,7 @@ class Trainer:
         self.settings = prepared.settings.train
         self.model = prepared.base.model
         self.objective = objective_class(prepared.settings.objective.kind)(prepared)
+        self.objective.world = self.world
         self.items = list(adapter_parameters(self.model, prepared.adapter))
         extra = list(self.objective.extra_parameters().values())
         self.parameters = [*(item.parameter for item in self.items if item.parameter.requires_grad), *extra]

@@ -53,6 +53,8 @@ class Prepared:
     """Whether rows are laid end to end; else they are padded."""
     adapter: str = ADAPTER
     """The name of the adapter in the model."""
+    frozen: str | None = None
+    """The name of the frozen copy of an adapter that the run continues: the reference then, in place of the base."""
 
     @property
     def pad_id(self) -> int:
@@ -67,9 +69,11 @@ def prepare(settings: RunSettings, *, tell: Callable[[str], None] | None = None,
     tell = tell or (lambda message: None)
     tell(f"Reading {settings.data.path}")
     base = _load_base(settings, tell, adapter)
-    rows = objective_class(settings.objective.kind).read(settings, base.tokenizer)
+    objective = objective_class(settings.objective.kind)
+    rows = objective.read(settings, base.tokenizer)
     check_rows_fit(rows, base.model)
     lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)
+    lora = objective.made_ready(base.model, lora, settings.train.seed)
     if adapter is not None and keeps_start(lora.init_lora_weights):
         # Its folder holds a plain adapter; the factors it is trained by, and began with, come from the checkpoint (`restore`).
         check_base(base.model, read_adapter(adapter))

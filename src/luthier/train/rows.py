@@ -1,19 +1,22 @@
 """The rows of a run: read, split into those to train on and those held out, and encoded."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.data.batches import split_rows
 from luthier.data.encode import EncodedRow, EncodedSet, encode
 from luthier.data.formats import sniff_format
 from luthier.data.messages import Example, to_examples
-from luthier.data.read import read_rows
+from luthier.data.read import RowSet, read_rows
 from luthier.train.settings import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,25 +44,46 @@ class Rows:
         return self.train.rows[index * self.width : (index + 1) * self.width]
 
 
-def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Rows:
-    """Read the rows, hold some out, and encode both. Rows are told apart before encoding: a conversation stays on one side."""
+@dataclass(frozen=True)
+class Sides(Generic[T]):
+    """What was read for a run: examples (or pairs of them) to train on and held out, and the digests of their rows."""
+
+    train: list[T]
+    held_out: list[T]
+    description: str
+    digest: str
+    digests: dict[str, str]
+
+
+def read_sides(data: DataSettings, seed: int, make: Callable[[RowSet], tuple[list[T], str]]) -> Sides[T]:
+    """Read the rows, let `make` turn them into examples and a line for people, and hold some out.
+
+    They are told apart before encoding: a conversation stays on one side.
+    """
     rows = read_rows(data.path, limit=data.limit)
-    templates: dict[str, Any] = {"prompt_template": data.prompt, "completion_template": data.completion, "system": data.system}
-    description = "columns through the templates of [data]" if data.prompt else sniff_format(rows.rows).description
-    examples = to_examples(rows.rows, **templates)
-    digest, digests = rows.digest, {"train": rows.digest}
+    train, description = make(rows)
     if data.eval_path is not None:
         held_out_rows = read_rows(data.eval_path)
-        held_out = to_examples(held_out_rows.rows, **templates)
-        digest = hashlib.sha256((digest + held_out_rows.digest).encode()).hexdigest()
-        digests["eval"] = held_out_rows.digest
-    else:
-        train_index, held_out_index = split_rows(len(examples), data.eval_fraction, seed)
-        held_out = [examples[index] for index in held_out_index]
-        examples = [examples[index] for index in train_index]
-    train_set = encode(examples, tokenizer, max_length=data.max_length)
-    held_out_set = encode(held_out, tokenizer, max_length=data.max_length) if held_out else None
-    return Rows(train_set, held_out_set, held_out, description, digest, digests)
+        held_out, _ = make(held_out_rows)
+        digest = hashlib.sha256((rows.digest + held_out_rows.digest).encode()).hexdigest()
+        return Sides(train, held_out, description, digest, {"train": rows.digest, "eval": held_out_rows.digest})
+    train_index, held_out_index = split_rows(len(train), data.eval_fraction, seed)
+    held_out = [train[index] for index in held_out_index]
+    return Sides([train[index] for index in train_index], held_out, description, rows.digest, {"train": rows.digest})
+
+
+def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Rows:
+    """Read conversations, hold some out, and encode both."""
+    templates: dict[str, Any] = {"prompt_template": data.prompt, "completion_template": data.completion, "system": data.system}
+
+    def make(rows: RowSet) -> tuple[list[Example], str]:
+        line = "columns through the templates of [data]" if data.prompt else sniff_format(rows.rows).description
+        return to_examples(rows.rows, **templates), line
+
+    sides = read_sides(data, seed, make)
+    train_set = encode(sides.train, tokenizer, max_length=data.max_length)
+    held_out_set = encode(sides.held_out, tokenizer, max_length=data.max_length) if sides.held_out else None
+    return Rows(train_set, held_out_set, sides.held_out, sides.description, sides.digest, sides.digests)
 
 
 def check_rows_fit(rows: Rows, model: "PreTrainedModel") -> None:

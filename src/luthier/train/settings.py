@@ -127,6 +127,20 @@ class RunSettings(Settings):
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
         if self.train.full and (given := self._given_for_pairs()):
             raise ValueError(f"train.full trains every weight and makes no pairs, so {', '.join(given)} would have no effect")
+        if self.objective.kind != "sft" and self.lora.lora_dropout:
+            raise ValueError(
+                f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
+                "was: different parts of the two would be missing; leave it out"
+            )
+        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
+            raise ValueError(
+                f"objective {self.objective.kind!r} is measured against the base without the adapter, which with init 'loftq' is "
+                "not the model that training begins with; use another init"
+            )
+        if self.objective.kind == "reward" and self.train.full:
+            raise ValueError(
+                "train.full trains a copy of every weight; objective 'reward' trains pairs and a head: leave one out"
+            )
         if self.lora.init_lora_weights == LOFTQ and self.quantize == "none":
             raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
         if self.train.full and self.quantize != "none":

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {
     "sft": "luthier.train.objectives.sft:Sft",
+    "dpo": "luthier.train.objectives.dpo:Dpo",
+    "kto": "luthier.train.objectives.kto:Kto",
+    "reward": "luthier.train.objectives.reward:Reward",
 }
 """Kind -> module and class. Named, not imported: settings are read without torch."""
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from luthier.core.config import LoraConfig
+from luthier.train.world import World
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from luthier.train.prepare import Prepared
     from luthier.train.rows import Rows
@@ -35,6 +38,9 @@ class Objective(ABC):
     needs_reference: ClassVar[bool] = False
     """Whether the model as it was when the run began has a part in the loss."""
 
+    world: World = World()
+    """The processes of the run, as its Trainer knows them."""
+
     def __init__(self, prepared: "Prepared"):
         self.prepared = prepared
         self.model = prepared.base.model
@@ -43,6 +49,11 @@ class Objective(ABC):
     @abstractmethod
     def read(cls, settings: "RunSettings", tokenizer: "PreTrainedTokenizerBase") -> "Rows":
         """Read and encode the rows of a run. Raises: DataError, ConfigError."""
+
+    @classmethod
+    def made_ready(cls, model: "PreTrainedModel", lora: LoraConfig, seed: int) -> LoraConfig:
+        """Put into a base what the objective needs there, before adapters; return the configuration of the adapter with it."""
+        return lora
 
     @abstractmethod
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
