@@ -48,10 +48,15 @@ class Display:
 
     def on_step(self, record: StepRecord) -> None:
         """Move the bar, or print a line if the last one is some seconds old."""
-        self.loss = record.loss if self.loss is None else 0.9 * self.loss + 0.1 * record.loss
+        # A loss of rewards moves about 0 whatever is learned: what counts is the reward.
+        value = record.metrics.get("reward", record.loss)
+        self.loss = value if self.loss is None else 0.9 * self.loss + 0.1 * value
         rate = record.tokens / record.seconds
         self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
-        note = f"loss {self.loss:.4f}{self.held_out}, {self.rate:,.0f} tokens/s, {gib(held_memory())}"
+        word = "reward" if "reward" in record.metrics else "loss"
+        equal = record.metrics.get("zero_variance", 0.0)
+        share = f" ({equal:.0%} of groups equal)" if equal else ""
+        note = f"{word} {self.loss:.4f}{share}{self.held_out}, {self.rate:,.0f} tokens/s, {gib(held_memory())}"
         self.bar.update(self.task, completed=record.step, note=note)
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.last_line = time.monotonic()
@@ -60,7 +65,8 @@ class Display:
 
     def on_eval(self, record: EvalRecord) -> None:
         """Show the held-out loss beside the training loss from now on."""
-        self.held_out = f", held out {record.eval_loss:.4f}{' (best)' if record.is_best else ''}"
+        value = record.metrics.get("eval_reward", record.eval_loss)
+        self.held_out = f", held out {value:.4f}{' (best)' if record.is_best else ''}"
         if not self.console.is_terminal:
             self.console.print(f"step {record.step}/{self.num_steps}{self.held_out}", highlight=False)
 

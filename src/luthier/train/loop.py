@@ -152,6 +152,7 @@ class Trainer:
             yield
         finally:
             self.peak_bytes = peak_memory()
+            self.objective.close()
             self.model.eval()
             unfuse(self.model)
             use_compiler(False)
@@ -279,7 +280,7 @@ class Trainer:
         loss, *values = self.world.sum([loss, *metrics.values()])
         self.world.sum_gradients(self.parameters)
         self._check_finite("loss", loss, planned)
-        if step == 0:
+        if step == 0 and not self.objective.may_rest:
             self._check_gradients()
         if self.ranks is not None and self.ranks.config.orth_reg_weight:
             self.ranks.penalty().backward()  # in the gradients only: the loss that is reported is the one of the answers

@@ -13,7 +13,7 @@ from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.methods import CATALOGUE, LOFTQ, METHOD_NAMES, Method
 from luthier.core.settings import Settings
-from luthier.train.objectives.settings import ObjectiveSettings, SftSettings
+from luthier.train.objectives.settings import ObjectiveSettings, RolloutSettings, SftSettings
 
 DEFAULT_R = 16
 TASK = "CAUSAL_LM"
@@ -121,8 +121,14 @@ class RunSettings(Settings):
             raise ValueError("train.patience needs held-out rows: set data.eval_path or data.eval_fraction")
         if self.train.freeze_A and isinstance(self.lora, AdaLoraConfig):
             raise ValueError("train.freeze_A leaves AdaLoRA nothing to measure lora_A by; leave one of the two out")
-        if (self.data.prompt is None) != (self.data.completion is None):
+        asks_only = isinstance(self.objective, RolloutSettings)
+        if (self.data.prompt is None) != (self.data.completion is None) and not asks_only:
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
+        if asks_only and self.train.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate has no effect with objective {self.objective.kind!r}: a step is objective.prompts prompts, in as "
+                "many forward passes as train.batch_tokens needs; leave it out"
+            )
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
         if self.train.full and (given := self._given_for_pairs()):
@@ -247,4 +253,10 @@ def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None}
+    return {key: _each_without_none(value) for key, value in values.items() if value is not None}
+
+
+def _each_without_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_each_without_none(each) for each in value]
+    return _without_none(value) if isinstance(value, dict) else value
