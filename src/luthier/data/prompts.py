@@ -1,7 +1,7 @@
 """Rows to prompts: what a model is asked, whether or not the row has an answer. Never sees a tokenizer.
 
-Any format that `to_examples` knows, of which the last answer is left out; and the same without an answer: a column `prompt` (a text
-or a list of messages), `question`, `instruction`, or `messages` that end with a turn of the user's.
+Any format that `to_examples` knows, of which the last answer is left out; and the same without an answer: a column `prompt` (a
+text or a list of messages), `question`, `instruction`, or `messages` that end with a turn of the user's.
 """
 
 from collections.abc import Mapping, Sequence

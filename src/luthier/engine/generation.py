@@ -57,8 +57,8 @@ def generate(
     """Return one answer per prompt (token ids), in the order of the prompts.
 
     Temperature 0 is greedy: the likeliest token each time. In float32 an answer does not depend on which prompts share its
-    batch; in bf16 two nearly equal logits may swap. With a `seed` sampled answers are repeatable, each row by itself; it may be one
-    for each prompt.
+    batch; in bf16 two nearly equal logits may swap. With a `seed` (one, or one for each prompt) sampled answers are repeatable,
+    each row by itself.
     An answer also ends with the first of the `stop_texts` in it, which its text comes without. `batch_tokens` bounds the rows of
     a batch by what they may grow to. `on_progress` is called with (prompts done, prompts in all) after each batch.
     Raises: ConfigError for an impossible setting, DataError for prompts the model cannot read (all of them listed).

@@ -95,7 +95,7 @@ def answer_log_probs_and_hidden(
     """Return what `answer_log_probs` does, and the last hidden state that each labelled token was predicted from: (K, I).
 
     One forward pass for both: what a value head reads. The logits must be the output layer's product with the last hidden states
-    (`luthier.adapt.fusing.has_plain_head`). Raises: as `answer_loss` does, and ModelError for a model without a decoder of its own.
+    (`luthier.adapt.fusing.has_plain_head`). Raises: as `answer_loss` does; ModelError for a model without a decoder of its own.
     """
     if isinstance(batch, PackedBatch):
         hidden_NI, targets_N = packed_hidden(model, batch)

@@ -254,13 +254,10 @@ class Engine:
         """
         self.check_adapter(adapter)  # reads it now, so that nobody waits for a file
         with self._loop.held():
-            calls = [
-                partial(self.submit, ids, adapter=adapter, sampling=how) for ids, how in zip(prompts, samplings, strict=True)
-            ]
             handles: list[Handle] = []
             try:
-                for call in calls:
-                    handles.append(call())
+                for ids, sampling in zip(prompts, samplings, strict=True):
+                    handles.append(self.submit(ids, adapter=adapter, sampling=sampling))  # noqa: PERF401 - some may be taken
             except BaseException:
                 for handle in handles:
                     handle.cancel()

@@ -107,10 +107,14 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
     tokens = f"{summary['labelled_tokens']:,} answer tokens of {summary['tokens']:,}"
     table.add_row("ended", f"{summary['ended']} after {steps}, {duration(summary['seconds'])}")
     table.add_row("speed", f"{summary['tokens_per_s']:,.0f} tokens/s ({tokens})")
-    if summary["loss"] is not None:
+    is_rewarded = summary["reward"] is not None
+    if is_rewarded:
+        table.add_row("reward", f"{summary['reward']:.4f} over the last steps")
+    elif summary["loss"] is not None:
         table.add_row("loss", f"{summary['loss']:.4f} over the last steps")
     if summary["best_eval_loss"] is not None:
-        table.add_row("held out", f"{summary['best_eval_loss']:.4f} at step {summary['best_step']}, the one that was kept")
+        best = f"reward {-summary['best_eval_loss']:.4f}" if is_rewarded else f"{summary['best_eval_loss']:.4f}"
+        table.add_row("held out", f"{best} at step {summary['best_step']}, the one that was kept")
     table.add_row("memory", f"{gib(summary['peak_bytes'])} at most")
     size = f"{summary['adapter_bytes'] / 1e6:.1f} MB; the base is {summary['base_bytes'] / 1e6:,.0f} MB"
     table.add_row("adapter", Text(f"{summary['adapter']} ({size})"))

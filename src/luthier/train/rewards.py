@@ -82,8 +82,8 @@ def _judge(source: RewardSource) -> Judge:
 def _numbers(name: str, values: Any, count: int) -> list[float]:
     """Return what a source gave as floats, if it is one finite number for each answer."""
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != count:
-        number = len(values) if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)[:60]
-        raise TrainingError(f"reward {name!r} gave {number} for {count} answers; needed is a list with a number for each")
+        given = f"{len(values)} values" if hasattr(values, "__len__") and not isinstance(values, str) else f"{values!r:.60}"
+        raise TrainingError(f"reward {name!r} gave {given} for {count} answers; needed is a list with a number for each")
     found = []
     for place, value in enumerate(values):
         try:
@@ -161,8 +161,8 @@ def _function(where: str) -> Judge:
         return together
     if len(parameters) != 3:
         raise ConfigError(
-            f"reward {where} takes ({', '.join(parameters)}); needed is (prompt, completion, row), or (prompts, completions, rows) "
-            "for all answers at once"
+            f"reward {where} takes ({', '.join(parameters)}); needed is (prompt, completion, row), or for all answers "
+            "at once (prompts, completions, rows)"
         )
 
     def one(answer: Answered) -> float:
@@ -191,7 +191,7 @@ def _named(path: Path, name: str, where: str) -> Callable[..., Any]:
     if not callable(found):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ConfigError(f"reward {where}: {path} has no function {name!r}.{did_you_mean(name, known)} It has: {known}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _told(error: Exception) -> str:
@@ -237,9 +237,9 @@ class _Command:
         return found
 
     def _run(self, lines: bytes) -> tuple[int, bytes, bytes]:
-        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        pipe = subprocess.PIPE
         try:
-            process = subprocess.Popen(self.words, start_new_session=True, **pipes)
+            process = subprocess.Popen(self.words, start_new_session=True, stdin=pipe, stdout=pipe, stderr=pipe)
         except OSError as error:
             raise TrainingError(f"reward command {self.text!r} cannot be started: {error.strerror}") from error
         try:

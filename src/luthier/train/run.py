@@ -109,6 +109,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
     progress, folder, prepared = trainer.progress, trainer.folder, trainer.prepared
     records = folder.read_log()
     losses = [record["loss"] for record in records if "loss" in record]
+    rewards = [record["reward"] for record in records if "reward" in record]
     plot, note = str(folder.plot), ""
     try:
         plot_losses(records, folder.plot, f"{prepared.base.spec}, {prepared.settings.data.path}")
@@ -129,6 +130,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "tokens_per_s": progress.tokens / step_seconds if step_seconds else 0.0,
         "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "loss": smoothed(losses)[-1] if losses else None,
+        "reward": smoothed(rewards)[-1] if rewards else None,
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "peak_bytes": trainer.peak_bytes,

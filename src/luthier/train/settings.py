@@ -126,8 +126,8 @@ class RunSettings(Settings):
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
         if asks_only and self.train.accumulate != 1:
             raise ValueError(
-                f"train.accumulate has no effect with objective {self.objective.kind!r}: a step is objective.prompts prompts, in as "
-                "many forward passes as train.batch_tokens needs; leave it out"
+                f"train.accumulate has no effect with objective {self.objective.kind!r}: a step is objective.prompts prompts, "
+                "in as many forward passes as train.batch_tokens needs; leave it out"
             )
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")

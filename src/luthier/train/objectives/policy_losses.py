@@ -122,7 +122,7 @@ def rewards_of_tokens(
 ) -> Tensor:
     """Return PPO's reward at each token (K,): -kl_coef (log pi - log pi_ref), and at an answer's last token its score too.
 
-    `scores`: (S,). Source: Ziegler et al. 2019, equation 2 (arXiv:1909.08593); Ouyang et al. 2022, section 3.4 (arXiv:2203.02155).
+    `scores`: (S,). Source: Ziegler et al. 2019, equation 2 (arXiv:1909.08593).
     """
     rewards = torch.zeros_like(log_probs) if reference is None else -kl_coef * (log_probs - reference)
     last = torch.tensor(lengths, device=rewards.device).cumsum(0) - 1

@@ -1,4 +1,4 @@
-"""What objectives over the model's own answers share: a rollout is sampled, judged, and kept for some steps; held-out prompts too.
+"""What objectives over the model's own answers share: a rollout is sampled, judged, and kept for some steps.
 
     step 0             sample answers to the step's prompts, judge them, ask old policy and reference about each token
     step 0, 1, ...     `iterations` optimiser steps over those answers, in micro-batches of like length
@@ -80,9 +80,9 @@ class Rollout:
         starts = [0, *ends]
         index = torch.tensor([token for place in places for token in range(starts[place], ends[place])], dtype=torch.int64)
         chosen = torch.tensor(list(places), dtype=torch.int64)
-        per_token = {name: None if (found := getattr(self, name)) is None else found[index] for name in PER_TOKEN}
-        per_answer = {name: getattr(self, name)[chosen] for name in PER_ANSWER}
-        return replace(self, rows=[self.rows[place] for place in places], **per_token, **per_answer)
+        changes: dict[str, Any] = {name: None if (found := getattr(self, name)) is None else found[index] for name in PER_TOKEN}
+        changes |= {name: getattr(self, name)[chosen] for name in PER_ANSWER}
+        return replace(self, rows=[self.rows[place] for place in places], **changes)
 
 
 PER_TOKEN = ("advantages", "old", "reference", "values", "returns")
@@ -145,13 +145,13 @@ class RolloutObjective(Objective):
         return self._batch(self._blank(rows))
 
     def step_batches(self, step: int, planned: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        """Sample where it is time to, and return the answers in micro-batches of like length, those that teach nothing left out."""
+        """Sample where it is time to, and return the answers in micro-batches, those that teach nothing left out."""
         start = step - step % self.settings.iterations
         if self.rollout is None or self.rollout.start != start:
             if step != start:
                 raise CheckpointError(
-                    f"the answers that step {step + 1} goes on with were given at step {start + 1} and are not in the checkpoint; "
-                    "resume from another one, or start a new run"
+                    f"the answers that step {step + 1} goes on with were given at step {start + 1}, and the checkpoint lacks them: "
+                    "start a new run"
                 )
             if self.world.size > 1 and self.settings.iterations > 1:
                 raise ConfigError("objective.iterations above 1 needs one process: a checkpoint holds the answers of one only")
@@ -183,36 +183,32 @@ class RolloutObjective(Objective):
         """Return reward first, then what it is made of, the share of groups without variance, and the answers' lengths."""
         rollout = self.rollout
         assert rollout is not None
-        group = self.settings.num_generations  # type: ignore[attr-defined]
+        group = self.settings.num_generations
         equal = is_without_variance(rollout.rewards, group) if group > 1 else torch.zeros(0)
-        count, tokens = len(rollout.rows), sum(rollout.lengths)
-        sums = [
-            count,
-            tokens,
-            float(rollout.rewards.sum()),
-            float((rollout.rewards**2).sum()),
-            *rollout.scores.sum(dim=0).tolist(),
-        ]
-        sums += [float(equal.sum()), len(equal), float(rollout.is_cut.sum())]
-        names = sorted(self.tally_names())
-        sums += [self.tally.get(name, 0.0) for name in names]
-        count, tokens, reward, squares, *rest = self.world.sum(sums)
-        scores, (num_equal, groups, cut), tallied = (
-            rest[: len(self.rewards.names)],
-            rest[len(self.rewards.names) :][:3],
-            rest[-len(names) :],
-        )
-        mean = reward / count
-        found = {"reward": mean, "reward_std": max(0.0, squares / count - mean**2) ** 0.5}
+        sums = {
+            "answers": float(len(rollout.rows)),
+            "tokens": float(sum(rollout.lengths)),
+            "reward": float(rollout.rewards.sum()),
+            "squares": float((rollout.rewards**2).sum()),
+            "equal": float(equal.sum()),
+            "groups": float(len(equal)),
+            "cut": float(rollout.is_cut.sum()),
+        }
+        sums |= {f"reward/{name}": float(each) for name, each in zip(self.rewards.names, rollout.scores.sum(dim=0), strict=True)}
+        sums |= {name: self.tally.get(name, 0.0) for name in self.tally_names()}
+        all_of = dict(zip(sums, self.world.sum(list(sums.values())), strict=True))
+        answers, tokens, groups = all_of["answers"], all_of["tokens"], all_of["groups"]
+        mean = all_of["reward"] / answers
+        found = {"reward": mean, "reward_std": max(0.0, all_of["squares"] / answers - mean**2) ** 0.5}
         if len(self.rewards.names) > 1:
-            found |= {f"reward/{name}": score / count for name, score in zip(self.rewards.names, scores, strict=True)}
+            found |= {name: value / answers for name, value in all_of.items() if name.startswith("reward/")}
         if groups:
-            found["zero_variance"] = num_equal / groups
-        found |= {"answer_tokens": tokens / count, "cut_off": cut / count}
-        found |= {name: value / tokens for name, value in zip(names, tallied, strict=True)}
+            found["zero_variance"] = all_of["equal"] / groups
+        found |= {"answer_tokens": tokens / answers, "cut_off": all_of["cut"] / answers}
+        found |= {name: all_of[name] / tokens for name in self.tally_names()}
         found["sampling_seconds"] = rollout.seconds if self.used == 1 else 0.0
         if self.used == 1:
-            self._watch(all_equal=bool(groups) and num_equal == groups)
+            self._watch(all_equal=bool(groups) and all_of["equal"] == groups)
         return found
 
     def tally_names(self) -> Sequence[str]:
@@ -229,7 +225,7 @@ class RolloutObjective(Objective):
         self.equal_for = self.equal_for + 1 if all_equal else 0
         if self.equal_for == EQUAL_STEPS:
             log.warning(
-                f"in the last {EQUAL_STEPS} samplings all answers to a prompt had the same reward, so nothing was learned from them. "
+                f"in the last {EQUAL_STEPS} samplings all answers to a prompt had the same reward, which teaches nothing. "
                 "Is the task too easy or too hard, or the temperature too low? A reward that tells degrees apart helps."
             )
 
@@ -238,7 +234,7 @@ class RolloutObjective(Objective):
     def _roll_out(self, start: int, items: Sequence[int]) -> Rollout:
         """Sample and judge answers to these prompts, groups side by side."""
         began = time.perf_counter()
-        group = self.settings.num_generations  # type: ignore[attr-defined]
+        group = self.settings.num_generations
         items = [index for index in items for _ in range(group)]
         prompts = [self.rows.train.rows[index].input_ids[:-1] for index in items]
         run_seed = self.prepared.settings.train.seed
@@ -298,7 +294,7 @@ class RolloutObjective(Objective):
         return self.in_batches(rollout, lambda rows: (self.log_probs(rows),))[0]
 
     def in_batches(self, rollout: Rollout, ask: Any) -> list[Tensor]:
-        """Return what `ask` says of the tokens of all answers, in their order. `ask` takes rows, and gives tensors of their tokens."""
+        """Return what `ask` says of the tokens of all answers, in their order; it gives tensors over those of some rows."""
         train = self.prepared.settings.train
         lengths = rollout.lengths
         pieces: dict[int, tuple[Tensor, ...]] = {}
@@ -331,7 +327,7 @@ class RolloutObjective(Objective):
         scores = self.held_out_scores()
         rewards = [self.rewards.total(each) for each in scores.tolist()]
         mean = sum(rewards) / len(rewards)
-        found = {"eval_loss": -mean, "eval_reward": mean}
+        found = {"eval_loss": 0.0 - mean, "eval_reward": mean}
         if len(self.rewards.names) > 1:
             found |= {
                 f"eval_reward/{name}": float(each) for name, each in zip(self.rewards.names, scores.mean(dim=0), strict=True)

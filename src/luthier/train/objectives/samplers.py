@@ -125,12 +125,10 @@ class EngineSampler:
             return []
         self.take_adapter()
         settings = self.settings
-        room = settings.max_new_tokens
-        if seeds is None:
-            samplings = [Sampling(max_new_tokens=room)] * len(prompts)
-        else:
-            drawn = {"max_new_tokens": room, "temperature": settings.temperature, "top_p": settings.top_p}
-            samplings = [Sampling(**drawn, seed=seed) for seed in seeds]
+        samplings = [Sampling(max_new_tokens=settings.max_new_tokens)] * len(prompts)
+        if seeds is not None:
+            warmth = {"temperature": settings.temperature, "top_p": settings.top_p}
+            samplings = [each.changed(seed=seed, **warmth) for each, seed in zip(samplings, seeds, strict=True)]
         # Each prompt is read once, before the many answers to it are asked for together.
         once = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
         if len(once) < len(prompts):

@@ -115,6 +115,7 @@ class RolloutSettings(Settings):
     """What objectives share that learn from rewards of the model's own answers."""
 
     rewards: tuple[RewardSource, ...] = Field(description="what answers are judged by; rewards are added up by their weights")
+    num_generations: int = Field(default=1, ge=1, description="answers to each prompt")
     prompts: int = Field(default=8, ge=1, description="prompts that are answered for one optimiser step")
     max_new_tokens: int = Field(default=256, ge=1, description="tokens that an answer may have")
     temperature: float = Field(
@@ -145,7 +146,7 @@ class GrpoSettings(RolloutSettings):
     num_generations: int = Field(default=8, ge=2, description="answers to each prompt: a group")
     loss: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = Field(
         default="dapo",
-        description="dapo: each token counts the same; grpo: each answer; dr_grpo: each token, over max_new_tokens; bnpo: as dapo",
+        description="dapo, bnpo: each token counts the same; grpo: each answer; dr_grpo: each token, over max_new_tokens",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         default="group", description="what an advantage is divided by: the standard deviation of its group, of the step, nothing"
@@ -172,15 +173,12 @@ class PpoSettings(RolloutSettings):
     """Learning from rewards with a learnt estimate of what is to be expected at each token."""
 
     kind: Literal["ppo"] = Field(default="ppo", description="rewards of answers, against a learnt value of each token")
-    num_generations: int = Field(default=1, ge=1, description="answers to each prompt")
     iterations: int = Field(default=4, ge=1, description="optimiser steps that are made with the answers of one sampling")
     kl_coef: float = Field(
         default=0.05, ge=0, allow_inf_nan=False, description="what a nat of log-ratio to the reference costs, at each token"
     )
     epsilon: float = Field(default=0.2, gt=0, lt=1, description="how far a token's ratio may count away from 1")
-    value_clip: float = Field(
-        default=0.2, gt=0, allow_inf_nan=False, description="how far a value may count away from its old one"
-    )
+    value_clip: float = Field(default=0.2, gt=0, allow_inf_nan=False, description="how far a value may count from its old one")
     value_coef: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="weight of the values' loss")
     gamma: float = Field(default=1.0, gt=0, le=1, description="what a reward is worth one token earlier")
     lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE: 0 trusts the values, 1 the rewards")
