@@ -257,7 +257,7 @@ class Engine:
             handles: list[Handle] = []
             try:
                 for ids, sampling in zip(prompts, samplings, strict=True):
-                    handles.append(self.submit(ids, adapter=adapter, sampling=sampling))  # noqa: PERF401 - some may be taken
+                    handles.append(self.submit(ids, adapter=adapter, sampling=sampling))
             except BaseException:
                 for handle in handles:
                     handle.cancel()

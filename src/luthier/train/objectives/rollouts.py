@@ -150,7 +150,7 @@ class RolloutObjective(Objective):
         if self.rollout is None or self.rollout.start != start:
             if step != start:
                 raise CheckpointError(
-                    f"the answers that step {step + 1} goes on with were given at step {start + 1}, and the checkpoint lacks them: "
+                    f"the answers step {step + 1} goes on with were given at step {start + 1}, and the checkpoint lacks them; "
                     "start a new run"
                 )
             if self.world.size > 1 and self.settings.iterations > 1:
