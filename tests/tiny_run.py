@@ -62,6 +62,18 @@ def train_tiny(home: Path, model: Path, name: str = "orders-1") -> Path:
     return home / name
 
 
+def count_language_models() -> int:
+    """Return how many causal language models of transformers' are alive in this process."""
+    import gc
+
+    from transformers import PreTrainedModel
+
+    gc.collect()
+    # By type(): isinstance would ask proxies, some of which complain.
+    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
+    return sum("lm_head" in each._modules for each in models)
+
+
 def command(*words: object) -> list[str]:
     """Return the words of a `luthier` command line."""
     return [sys.executable, "-m", "luthier.cli.app", *map(str, words)]

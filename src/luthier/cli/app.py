@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import typer
@@ -21,6 +22,7 @@ from luthier.cli import (
     plan,
     quickstart,
     registry,
+    runs,
     serve,
     tenants,
     train,
@@ -29,6 +31,7 @@ from luthier.cli import (
 from luthier.cli.output import print_json_error, report_error
 from luthier.core.errors import LuthierError
 from luthier.core.threads import spin_briefly
+from luthier.train.launching import die_with_launcher, process_of
 
 # What typer raises for a command line that makes no sense. It carries a copy of click of its own and gives this class no
 # public name; BadParameter is the nearest that has one.
@@ -58,6 +61,7 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("bench-serve")(bench_serve.bench_serve)
 app.add_typer(models.app, name="models")
+app.add_typer(runs.runs_app, name="runs")
 app.add_typer(registry.registry_app, name="registry")
 app.add_typer(tenants.tenants_app, name="tenants")
 
@@ -75,6 +79,13 @@ def version(
         raise typer.Exit
 
 
+def _among_others() -> AbstractContextManager[Any]:
+    """Join the other processes of a run, so that an error that all of them have is told by one."""
+    from luthier.train.processes import joined
+
+    return joined()
+
+
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 it failed, 2 it was asked wrongly, 130 interrupted."""
     # Before torch is loaded: OpenMP threads that spin while they wait for each other take the processor from whatever else
@@ -83,19 +94,23 @@ def main() -> None:
         spin_briefly(os.environ)
     else:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    die_with_launcher()
+    rank, size = process_of(os.environ)
     as_json = "--json" in sys.argv
     try:
-        status = app(prog_name="luthier", standalone_mode=False) or 0
+        with _among_others() if size > 1 and sys.argv[1:2] == ["train"] else nullcontext():
+            status = app(prog_name="luthier", standalone_mode=False) or 0
     except LuthierError as error:
         status = report_error(error, as_json=as_json)
     except UsageError as error:
-        if as_json:
+        if as_json and rank == 0:
             print_json_error("UsageError", error.format_message())
-        error.show()
+        if rank == 0:
+            error.show()
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    if status == INTERRUPTED:
+    if status == INTERRUPTED and rank == 0:
         typer.echo("interrupted", err=True)
     sys.exit(status)
 

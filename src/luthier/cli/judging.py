@@ -86,13 +86,13 @@ def check_fits(adapter: str | Path, loaded: "Loaded", *, force: bool) -> None:
         )
 
 
-def put_on(adapter: str | Path, loaded: "Loaded", *, force: bool) -> "Loaded":
-    """Put an adapter in the place of the one that is on a loaded base, which is not loaded again."""
+def put_on(adapter: str | Path, loaded: "Loaded", *, force: bool, name: str = "incumbent") -> "Loaded":
+    """Put an adapter in the place of the one that is on a loaded base, which is not loaded again; its engine calls it `name`."""
     from luthier.cli.loading import adapter_folder, recipe_of, served_on
     from luthier.formats.adapters import swap_adapter
 
     report = swap_adapter(loaded.base.model, adapter_folder(adapter), force=force)
-    served = loaded.served and served_on(loaded.served.engine, adapter, "incumbent", force=force)
+    served = loaded.served and served_on(loaded.served.engine, adapter, name, force=force)
     return replace(loaded, report=report, recipe=recipe_of(adapter), served=served)
 
 

@@ -75,10 +75,11 @@ def print_json_error(kind: str, message: str) -> None:
 
 
 def report_error(error: LuthierError, *, as_json: bool) -> int:
-    """Print an error and return the exit status: 2 for what the user can put right in the call, 1 otherwise."""
+    """Print an error (unless another process does) and return the exit status: 2 for what can be put right in the call."""
     kind = type(error).__name__
-    if as_json:
+    if as_json and not error.is_told:
         print_json_error(kind, str(error))
-    typer.secho(f"{kind}: ", err=True, nl=False, fg="red", bold=True)
-    typer.echo(str(error), err=True)
+    if not error.is_told:
+        typer.secho(f"{kind}: ", err=True, nl=False, fg="red", bold=True)
+        typer.echo(str(error), err=True)
     return 2 if isinstance(error, ConfigError) else 1

@@ -1,25 +1,38 @@
 """`luthier train`: flags and one TOML file to a training run."""
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from luthier.cli.launching import carry_out_in_processes
 from luthier.cli.output import JSON, make_console, print_json, quiet_transformers
 from luthier.cli.registry_opening import REGISTRY, caller, opened
 from luthier.core.errors import ConfigError, LuthierError
+from luthier.train.launching import process_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from luthier.train.settings import RunSettings
+
 
 def train(
-    config: Path | None = typer.Option(None, "--config", "-c", help="TOML file with settings; flags win over it."),
+    config: list[Path] = typer.Option(
+        [], "--config", "-c", help="TOML file with settings; flags win over it. Several: adapters side by side over one base."
+    ),
     model: str | None = typer.Option(None, "--model", "-m", help="Base model: Hub id, folder, GGUF file or wheel."),
     data: str | None = typer.Option(None, "--data", "-d", help="Rows: a JSONL or Parquet file, or a Hub data set."),
     eval_data: str | None = typer.Option(None, help="Held-out rows; without it a share of the rows is held out."),
     out: str | None = typer.Option(None, "--out", "-o", help="Folder of the run. Default: runs/<data>-<number>."),
-    resume: Path | None = typer.Option(None, help="Carry on with the run in this folder; nothing else may be given."),
+    continued: str | None = typer.Option(
+        None, "--from", metavar="ADAPTER", help="Go on from this adapter, its folder or that of its run, instead of a fresh one."
+    ),
+    resume: list[Path] = typer.Option(
+        [], help="Carry on with the run in this folder, or with several side by side; nothing else may be given."
+    ),
     dry_run: bool = typer.Option(False, help="Show what would be trained, with a sample of the labels, and stop."),
     method: list[str] = typer.Option([], help="Method, as in `luthier methods`; repeat it to combine. Default: lora."),
     objective: str | None = typer.Option(None, help="What is minimised: sft (the default), dpo, kto, reward, grpo or ppo."),
@@ -33,6 +46,8 @@ def train(
     batch_tokens: int | None = typer.Option(None, help="Tokens in one forward pass. Default 2048."),
     batch_rows: int | None = typer.Option(None, help="Rows in one forward pass at most."),
     patience: int | None = typer.Option(None, help="Stop after so many evaluations without a better held-out loss."),
+    nproc: int | None = typer.Option(None, min=1, help="Processes on this machine that carry the run out. Default 1."),
+    shard: str | None = typer.Option(None, help="With several processes: fsdp2 spreads the base over them. Default: none."),
     seed: int | None = typer.Option(None, help="Of init, order and dropout. Default 0."),
     dtype: str | None = typer.Option(None, help="Of the base weights: auto, bfloat16, float32 or float16."),
     quantize: str | None = typer.Option(None, help="Of the base: none, or nf4 for linear layers in 4 bits (QLoRA)."),
@@ -45,6 +60,7 @@ def train(
         "exact:TEMPLATE or length:CHARACTERS; repeat it.",
     ),
     reward_command: list[str] = typer.Option([], help="The same by a command: JSON lines in, a number a line out; repeat it."),
+    track: list[str] = typer.Option([], help="Follow the run with mlflow, wandb, tensorboard or trackio too; repeat it."),
     register: str | None = typer.Option(
         None, "--register", metavar="NAME", help="Register the finished adapter as the next version of NAME, with its data."
     ),
@@ -55,12 +71,17 @@ def train(
 ) -> None:
     """Train a LoRA adapter on a file of examples. Ctrl-C stops at a checkpoint that --resume carries on from."""
     console = make_console(as_json)
-    _check_registering(register, owner, registry, dry_run=dry_run)
+    rank, size = process_of(os.environ)
+    if size > 1 and nproc not in (None, size):
+        raise ConfigError(f"--nproc says {nproc}, but this is process {rank} of {size} that were started already; leave it out")
+    if rank == 0:
+        _check_registering(register, owner, registry, dry_run=dry_run)
     flags: dict[str, Any] = {
         "model": model,
         "out": out,
         "dtype": dtype,
         "quantize": quantize,
+        "adapter": continued,
         "objective": {"kind": objective, "rewards": reward_sources(reward, reward_command)},
         "data": {"path": data, "eval_path": eval_data, "prompt": prompt, "completion": completion, "system": system},
         "lora": {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None, "init_lora_weights": init_value(init)},
@@ -71,28 +92,32 @@ def train(
             "batch_tokens": batch_tokens,
             "batch_rows": batch_rows,
             "patience": patience,
+            "shard": shard,
             "seed": seed,
+            "track": track or None,
         },
     }
     for setting in settings:
         put_setting(flags, setting)
-    if resume is not None:
-        given = sorted(named(flags)) + ["--config"] * (config is not None) + ["--dry-run"] * dry_run + ["--method"] * bool(method)
+    if max(len(config), len(resume)) > 1:
+        _train_many(config, resume, flags, method, {"--register": register is not None, "--dry-run": dry_run}, console, as_json)
+        return
+    if resume:
+        given = sorted(named(flags)) + ["--config"] * bool(config) + ["--dry-run"] * dry_run + ["--method"] * bool(method)
         if given:
             raise ConfigError(f"--resume takes its settings from the run; also given: {', '.join(given)}. Leave them out.")
+        if size == 1 and nproc not in (None, 1):
+            carry_out_in_processes(nproc, str(resume), [])
         quiet_transformers()
         from luthier.train.run import resume as carry_on
 
-        outcome = carry_on(resume, console=console)
+        outcome = carry_on(resume[0], console=console)
     else:
-        from luthier.train.settings import check_methods, read_settings, settings_of
-
-        for section, chosen in settings_of(method).items():
-            flags[section] = chosen | {key: value for key, value in flags[section].items() if value is not None}
-        flags["out"] = flags["out"] or default_out(config, flags)
-        resolved = read_settings(config, flags)
-        if method:
-            check_methods(resolved, method)
+        resolved = _resolved(config[0] if config else None, flags, method)
+        if nproc is not None and dry_run:
+            resolved = resolved.changed(train=resolved.train.changed(processes=resolved.train.processes or nproc, shard="none"))
+        elif size == 1 and nproc not in (None, 1):
+            carry_out_in_processes(nproc, resolved.out, ["--out", resolved.out] if out is None else [])
         quiet_transformers()
         from luthier.train.run import dry_run as look
         from luthier.train.run import train as start
@@ -104,12 +129,57 @@ def train(
             return
         outcome = start(resolved, console=console)
     registered = None
+    if rank > 0:
+        as_json, register = False, None  # the first process tells and registers
     if register is not None and outcome.summary["ended"] != "interrupted":
         registered = _register(outcome.summary["run"], register, owner, registry, console)
     if as_json:
         told = {"registered": registered} if registered else {}
         print_json(outcome.summary | {"preflight": outcome.preflight.as_dict()} | told)
     if outcome.summary["ended"] == "interrupted":
+        raise typer.Exit(130)
+
+
+def _resolved(config: Path | None, flags: dict[str, Any], method: list[str], taken: Collection[str] = ()) -> "RunSettings":
+    """Return the settings of one run: those of the methods, of the file, and the flags on top."""
+    from luthier.train.settings import check_methods, read_settings, settings_of
+
+    flags = dict(flags)
+    for section, chosen in settings_of(method).items():
+        flags[section] = chosen | {key: value for key, value in flags[section].items() if value is not None}
+    flags["out"] = flags["out"] or default_out(config, flags, taken)
+    resolved = read_settings(config, flags)
+    if method:
+        check_methods(resolved, method)
+    return resolved
+
+
+def _train_many(
+    configs: list[Path],
+    resumed: list[Path],
+    flags: dict[str, Any],
+    method: list[str],
+    others: dict[str, bool],
+    console: "Console",
+    as_json: bool,
+) -> None:
+    """Train or resume several runs over one base."""
+    if given := [name for name, is_given in others.items() if is_given]:
+        raise ConfigError(f"{' and '.join(given)} is for one run; register the adapters afterwards: luthier registry add RUN")
+    if resumed and (given := sorted(named(flags)) + ["--config"] * bool(configs) + ["--method"] * bool(method)):
+        raise ConfigError(f"--resume takes its settings from the runs; also given: {', '.join(given)}. Leave them out.")
+    if flags["out"] is not None:
+        raise ConfigError("--out is one folder, and these are several runs; say `out` in their files, or leave it out")
+    settings: list[RunSettings] = []
+    for config in configs:
+        settings.append(_resolved(config, flags, method, [each.out for each in settings]))
+    quiet_transformers()
+    from luthier.train.many import resume_many, train_many
+
+    outcomes = resume_many(resumed, console=console) if resumed else train_many(settings, console=console)
+    if as_json:
+        print_json({"runs": [outcome.summary | {"preflight": outcome.preflight.as_dict()} for outcome in outcomes]})
+    if any(outcome.summary["ended"] == "interrupted" for outcome in outcomes):
         raise typer.Exit(130)
 
 
@@ -195,8 +265,8 @@ def named(values: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def default_out(config: Path | None, flags: dict[str, Any]) -> str | None:
-    """Return runs/<data>-<number>, the first number that is free; None if the file of settings says where to."""
+def default_out(config: Path | None, flags: dict[str, Any], taken: Collection[str] = ()) -> str | None:
+    """Return runs/<data>-<number>, the first number that is free and not `taken`; None if the file of settings says where to."""
     if config is not None:
         import tomllib
 
@@ -211,4 +281,5 @@ def default_out(config: Path | None, flags: dict[str, Any]) -> str | None:
     else:
         data = flags["data"]["path"]
     stem = Path(str(data)).stem if data else "run"
-    return next(str(path) for number in range(1, 10_000) if not (path := Path("runs") / f"{stem}-{number}").exists())
+    paths = (Path("runs") / f"{stem}-{number}" for number in range(1, 10_000))
+    return next(str(path) for path in paths if not path.exists() and str(path) not in taken)

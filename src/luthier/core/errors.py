@@ -15,6 +15,7 @@
     ├── DataError(ValueError)            a row or a data set cannot be used; names the row
     ├── CheckpointError(ValueError)      a run folder cannot be resumed
     ├── TrainingError(RuntimeError)      training went wrong: a loss that is not finite, no gradient
+    │   └── ProcessLostError             another process of the same run ended or does not answer
     ├── RequestError(ValueError)         a request can never be served: too long, too many adapters, an id twice
     ├── EngineError(RuntimeError)        the engine is closed, or an answer cannot go on
     ├── QueueFullError(RuntimeError)     too many requests wait; try again later (HTTP's 429)
@@ -36,6 +37,9 @@ from collections.abc import Iterable, Sequence
 
 class LuthierError(Exception):
     """The root: catches everything luthier raises on purpose."""
+
+    is_told: bool = False
+    """Whether another process of the same run tells it to the user."""
 
 
 class ConfigError(LuthierError, ValueError):
@@ -96,6 +100,10 @@ class CheckpointError(LuthierError, ValueError):
 
 class TrainingError(LuthierError, RuntimeError):
     """Training went wrong: a loss that is not finite, an adapter without a gradient."""
+
+
+class ProcessLostError(TrainingError):
+    """Another process of the same run ended or does not answer; the last checkpoint is intact."""
 
 
 class RequestError(LuthierError, ValueError):

@@ -42,7 +42,7 @@ def _faults(error: ValidationError, settings: type[BaseModel]) -> list[str]:
         where = ".".join(str(part) for part in fault["loc"])
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            found += [f"[{where}] {inner}" for inner in cause.faults or [str(cause)]]
+            found += [f"[{where}] {inner}" if where else inner for inner in cause.faults or [str(cause)]]
         elif fault["type"] == "extra_forbidden":
             known = settings.model_fields
             meant = f" Did you mean '{SYNONYMS[where]}'?" if SYNONYMS.get(where) in known else did_you_mean(where, known)

@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 
 
 def scores_of(model: "nn.Module", batch: "Batch | PackedBatch") -> "Tensor":
-    """Return the score of each row, (B,) in float32, differentiable; the model must have a score head."""
-    head = model.get_submodule(SCORE)
-    return cast("Tensor", head(last_hidden(model, batch))).float().squeeze(-1)
+    """Return the score of each row, (B,) in float32 at least, differentiable; the model must have a score head.
+
+    It is read where transformers' ...ForSequenceClassification reads it, so that it is the same there: at the last token that is
+    not the configuration's padding. Where a model pads with its stop token, that is the token before the stop.
+    """
+    head, config = model.get_submodule(SCORE), model.config.get_text_config()  # type: ignore[union-attr, operator]
+    scores = cast("Tensor", head(last_hidden(model, batch, passing_over=getattr(config, "pad_token_id", None)))).squeeze(-1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

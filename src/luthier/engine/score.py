@@ -145,25 +145,27 @@ def packed_hidden(model: "nn.Module", batch: "PackedBatch") -> "tuple[Tensor, Te
     return hidden_1NI[0], targets_N
 
 
-def last_hidden(model: "nn.Module", batch: "Batch | PackedBatch") -> "Tensor":
-    """Return the last hidden state of each row's last token: (B, I), rows as they were given to `collate` or `pack`.
+def last_hidden(model: "nn.Module", batch: "Batch | PackedBatch", *, passing_over: int | None = None) -> "Tensor":
+    """Return the last hidden state of each row's last token other than `passing_over`: (B, I), rows as they were given.
 
     What a score head reads. Raises: AdapterStateError or DataError as `answer_loss`, ModelError for a model that has no decoder
     apart from its head.
     """
     if isinstance(batch, PackedBatch):
         hidden_NI, _ = packed_hidden(model, batch)
-        ends = torch.tensor(batch.lengths).cumsum(0) - 1
-        places = torch.empty_like(ends)
-        places[torch.tensor(batch.order or range(len(ends)))] = ends
-        return hidden_NI[places.to(hidden_NI.device)]
+        rows_N, places_N = batch.row_of_each_token(), torch.arange(batch.num_tokens)
+        if passing_over is not None:
+            places_N[batch.input_ids[0] == passing_over] = 0
+        ends_B = torch.zeros(len(batch.lengths), dtype=torch.int64).scatter_reduce(0, rows_N, places_N, "amax")
+        return hidden_NI[ends_B.to(hidden_NI.device)]
     decoder = decoder_of(model)
     if decoder is None:
         raise ModelError(f"{type(model).__name__} has no decoder apart from its head, so its hidden states cannot be scored")
     inputs, _ = _inputs_and_targets(model, batch)
     hidden_BTI = decoder(**inputs).last_hidden_state
-    ends = batch.attention_mask.sum(dim=1) - 1
-    return hidden_BTI[torch.arange(len(ends)), ends.to(hidden_BTI.device)]
+    is_read_BT = batch.attention_mask.bool() & (batch.input_ids != passing_over if passing_over is not None else True)
+    ends_B = (torch.arange(is_read_BT.shape[1]) * is_read_BT).amax(dim=1)
+    return hidden_BTI[torch.arange(len(ends_B)), ends_B.to(hidden_BTI.device)]
 
 
 def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor") -> "tuple[Tensor, int]":

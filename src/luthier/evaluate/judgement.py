@@ -101,14 +101,17 @@ def judge(
     case_folded: bool = False,
     chat_template: str = "auto",
     served: "Served | None" = None,
+    known: Judgement | None = None,
     on_progress: Progress | None = None,
 ) -> Judgement:
     """Let the base, and the adapter that is active now if there is one, answer every example, and compare.
 
     The base is the same model with its adapters silent. With `encoded` rows the loss of both is measured on them too. JSON
     scores are given when every reference is a JSON object or array. `chat_template` must be the one trained with. With `served`
-    an engine answers in the model's place.
-    Raises: DataError if there are no examples, or one cannot be used; ConfigError for impossible settings.
+    an engine answers in the model's place. With `known`, a judgement of the same examples on the same base, the base is not
+    asked again.
+    Raises: DataError if there are no examples, or one cannot be used, or `known` is of others; ConfigError for impossible
+    settings.
     """
     from luthier.data import reference_answer, render_prompt
 
@@ -120,8 +123,13 @@ def judge(
         model, tokenizer, prompts, references, encoded, max_new_tokens, batch_rows, case_folded, served, on_progress
     )
     adapters = active_adapters(model)
-    with _silenced(model) if adapters else nullcontext():
-        base, base_texts = contest.run("base")
+    if known is not None:
+        if [sample.reference for sample in known.samples] != references:
+            raise DataError("the judgement that is known is of other rows; judge the base anew")
+        base, base_texts = known.base, [sample.base for sample in known.samples]
+    else:
+        with _silenced(model) if adapters else nullcontext():
+            base, base_texts = contest.run("base")
     adapter, adapter_texts = contest.run("adapter") if adapters else (None, [None] * len(examples))
     samples = tuple(
         Sample(

@@ -201,6 +201,8 @@ def _obstacle(version: AdapterVersion, data: list[DatasetVersion]) -> str | None
         return f"no recipe is stored that could make it again ({', '.join(missing)} not there)"
     if "truncated" in recipe:
         return f"it was cut from {(recipe['truncated'].get('parent') or {}).get('folder', 'another adapter')}; rebase that one"
+    if "continued" in recipe:
+        return "it was continued from another adapter; rebase that one, and continue from its successor: luthier train --from"
     if barred := [f"{row.dataset.name}:{row.version} is {row.state.value}" for row in data if row.state is not DataState.ACTIVE]:
         return f"data that it learned from may not be used: {', '.join(barred)}"
     return None

@@ -224,10 +224,12 @@ def _lineage(
             if version.id not in {row_id for row_id, _ in data}:
                 data[version.id, role] = version
     made_of = {(version.id, relation): version for named, relation in parents for version in [find_version(session, named)]}
-    if isinstance(cut := recipe.get("truncated"), dict):
-        for parent in _by_tensors(session, ((cut.get("parent") or {}).get("files") or {}).get(TENSOR_FILE)):
+    for relation in ("truncated", "continued"):
+        made = recipe.get(relation)
+        parent_digest = ((made.get("parent") or {}).get("files") or {}).get(TENSOR_FILE) if isinstance(made, dict) else None
+        for parent in _by_tensors(session, parent_digest):
             if parent.id not in {row_id for row_id, _ in made_of}:
-                made_of[parent.id, "truncated"] = parent
+                made_of[parent.id, relation] = parent
     return _Lineage(fingerprint.identity() if fingerprint else None, data, made_of)
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from luthier.core.words import duration, gib
 from luthier.train.loop import EvalRecord, StepRecord
 from luthier.train.memory import held_memory
 from luthier.train.preflight import Preflight
@@ -18,26 +19,32 @@ from luthier.train.preflight import Preflight
 PLAIN_SECONDS = 10.0
 
 
-class Display:
-    """Shows steps as they happen. Use it as a context manager around the run."""
+def make_bar(console: Console) -> Progress:
+    """Return the bar of a run, or one with a line for each of several; silent where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
-    def __init__(self, console: Console, num_steps: int, done: int = 0):
+
+class Display:
+    """Shows steps as they happen. Use it as a context manager around the run, unless several share one `bar`."""
+
+    def __init__(self, console: Console, num_steps: int, done: int = 0, *, label: str = "training", bar: Progress | None = None):
         self.console, self.num_steps = console, num_steps
+        self.prefix = f"{label}: " if bar is not None else ""
         self.loss: float | None = None
         self.held_out = ""
         self.rate = 0.0
         self.last_line = time.monotonic()
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("training", total=num_steps, completed=done, note="")
+        self.bar = make_bar(console) if bar is None else bar
+        self.task = self.bar.add_task(label, total=num_steps, completed=done, note="")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -61,17 +68,21 @@ class Display:
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.last_line = time.monotonic()
             left = record.seconds * (self.num_steps - record.step)
-            self.console.print(f"step {record.step}/{self.num_steps}, {note}, about {duration(left)} left", highlight=False)
+            line = f"{self.prefix}step {record.step}/{self.num_steps}, {note}, about {duration(left)} left"
+            self.console.print(line, highlight=False, markup=False)
 
     def on_eval(self, record: EvalRecord) -> None:
         """Show the held-out loss beside the training loss from now on."""
         value = record.metrics.get("eval_reward", record.eval_loss)
         self.held_out = f", held out {value:.4f}{' (best)' if record.is_best else ''}"
         if not self.console.is_terminal:
-            self.console.print(f"step {record.step}/{self.num_steps}{self.held_out}", highlight=False)
+            line = f"{self.prefix}step {record.step}/{self.num_steps}{self.held_out}"
+            self.console.print(line, highlight=False, markup=False)
 
 
-def preflight_report(found: Preflight, plan: str, sample: RenderableType | None = None) -> RenderableType:
+def preflight_report(
+    found: Preflight, plan: str, sample: RenderableType | None = None, title: str = "before the first step"
+) -> RenderableType:
     """Render what a run is about to do."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
@@ -94,7 +105,7 @@ def preflight_report(found: Preflight, plan: str, sample: RenderableType | None 
         table.add_row("time", f"about {duration(found.time.seconds)} ({parts_of_it}), from a few timed passes")
     for warning in found.warnings:
         table.add_row("note", Text(warning))
-    parts: list[RenderableType] = [Panel(table, title="before the first step", title_align="left")]
+    parts: list[RenderableType] = [Panel(table, title=Text(title), title_align="left")]
     return Group(*parts, sample) if sample is not None else Group(*parts)
 
 
@@ -130,13 +141,19 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
     return Panel(table, title="summary", title_align="left")
 
 
-def gib(count: float) -> str:
-    """Return a number of bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in words."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def many_report(summaries: list[dict[str, Any]]) -> RenderableType:
+    """Render what came of several runs, a line for each."""
+    table = Table(title="summary", title_justify="left", box=None, padding=(0, 2))
+    for column in ("run", "ended", "steps", "loss", "held out", "adapter"):
+        table.add_column(column, overflow="fold")
+    for summary in summaries:
+        loss, best = summary["loss"], summary["best_eval_loss"]
+        table.add_row(
+            Text(summary["run"]),
+            summary["ended"],
+            f"{summary['steps']}/{summary['planned_steps']}",
+            "" if loss is None else f"{loss:.4f}",
+            "" if best is None else f"{best:.4f} at step {summary['best_step']}",
+            Text(summary["adapter"] if summary["ended"] != "interrupted" else ""),
+        )
+    return table

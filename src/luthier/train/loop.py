@@ -3,11 +3,15 @@
 A step adds up the loss of its micro-batches as a sum over answer tokens (or what else the objective weighs by), divided by their
 number in the whole step: two batches of one row each count as one batch of two. Everything a step depends on (adapter, AdamW's
 moments, the generators, the position in the plan) is in a checkpoint, so a killed run that is resumed ends with the same bits (on
-as many threads as before; where the number differs, a warning says so).
+as many threads and in as many processes as before; where the number differs, a warning says so).
+
+Several processes (world.py) hold the same adapter to the bit, each does its share of a step's micro-batches, and the first one
+writes all files.
 
 Not here: which rows go together (schedule.py), the loss (objectives), files (runfolder.py), the screen (display.py).
 """
 
+import hashlib
 import logging
 import math
 import time
@@ -15,9 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from luthier.adapt.fusing import fuse, fusion_of, unfuse
@@ -29,15 +35,21 @@ from luthier.core.errors import CheckpointError, TrainingError
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
+from luthier.formats.note import TENSOR_FILE
 from luthier.ops.compiler import use_compiler
 from luthier.ops.scratch import release_scratch
 from luthier.train.groups import parameter_groups
 from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
 from luthier.train.objectives import objective_class
+from luthier.train.objectives.base import MicroBatch
 from luthier.train.prepare import Prepared
-from luthier.train.runfolder import Progress, RunFolder, random_state, restore_random_state
-from luthier.train.schedule import learning_rate, plan_digest
+from luthier.train.runfolder import Progress, RunFolder, of_rank, random_state, restore_random_state, seed_of
+from luthier.train.schedule import anchor_steps, learning_rate, plan_digest
+from luthier.train.settings import LOOKING_ON
 from luthier.train.world import World
+
+if TYPE_CHECKING:
+    from luthier.train.sharding import ShardedModel
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +99,21 @@ class Observer(Protocol):
     def on_eval(self, record: EvalRecord) -> None: ...
 
 
+class Both:
+    """Shows a run to two observers."""
+
+    def __init__(self, first: Observer, second: Observer):
+        self.observers = (first, second)
+
+    def on_step(self, record: StepRecord) -> None:
+        for observer in self.observers:
+            observer.on_step(record)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        for observer in self.observers:
+            observer.on_eval(record)
+
+
 class Trainer:
     """Trains the adapter of a prepared run in its folder. `run()` carries on from wherever the folder's last checkpoint is."""
 
@@ -101,6 +128,9 @@ class Trainer:
         extra = list(self.objective.extra_parameters().values())
         self.parameters = [*(item.parameter for item in self.items if item.parameter.requires_grad), *extra]
         self.started = pairs_with_start(self.model, prepared.adapter)
+        self.world.copy_from_first(self._replicated())
+        if not self.world.is_first:
+            torch.manual_seed(seed_of(self.settings.seed, self.world.rank))  # else all would drop the same
         groups = parameter_groups(self.items, self.settings)
         if extra:
             groups.append({"params": extra, "lr": self.settings.learning_rate, "lr_ratio": 1.0, "weight_decay": 0.0})
@@ -111,12 +141,16 @@ class Trainer:
             "settings": prepared.settings.digest(),
             "plan": plan_digest(prepared.steps, packed=prepared.packed),
         }
+        if prepared.parent:
+            self.digests["parent"] = prepared.parent[TENSOR_FILE]
         self.progress = Progress(digests=self.digests)
         self.saved_step = 0
         self.adapter_step = 0  # the step of the adapter in the model, where that is not the present one
         self.num_steps = len(prepared.steps)
         self.eval_every = self.settings.eval_every or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
+        self.anchors = anchor_steps(self.num_steps, self.settings.anchors)
         self.stop_requested = False
+        self.sharded: ShardedModel | None = None
         self.peak_bytes = 0
         weight = next(self.model.parameters())
         device = weight.device
@@ -146,6 +180,11 @@ class Trainer:
         """Within the block steps can be made."""
         if self.prepared.fusion.attentions and not fusion_of(self.model).attentions:
             fuse(self.model)  # it was undone when this Trainer was interrupted
+        if self.settings.shard == "fsdp2" and self.world.size > 1 and self.sharded is None:
+            from luthier.train.sharding import ShardedModel  # a second of imports
+
+            self.sharded = ShardedModel(self.model, self.world.size)
+            release_freed_memory()
         self.model.train()
         reset_peak_memory()
         try:
@@ -154,7 +193,8 @@ class Trainer:
             self.peak_bytes = peak_memory()
             self.objective.close()
             self.model.eval()
-            unfuse(self.model)
+            if self.sharded is None:  # fusing compares weights that are whole, so there would be no way back
+                unfuse(self.model)
             use_compiler(False)
             release_scratch()
 
@@ -168,13 +208,16 @@ class Trainer:
         # Asked first: a run that was killed after its last evaluation must not go one step further than one that was not.
         if self._is_out_of_patience():
             return "early stop"
+        if self.progress.step == 0:
+            self._keep_anchor()
         self._train_step()
+        self._keep_anchor()
         is_last = self.progress.step == self.num_steps
         if self._is_due(self.eval_every) and self.prepared.rows.held_out is not None:
             self._evaluate()
         if self._is_due(self.eval_every) or self._is_due(self.settings.save_every):
             self.save()
-        if self.stop_requested and not is_last and not self._is_out_of_patience():
+        if self.world.any(self.stop_requested) and not is_last and not self._is_out_of_patience():
             self.save()
             return "interrupted"
         return "finished" if is_last else None
@@ -183,14 +226,20 @@ class Trainer:
         """Write a checkpoint of the present state, if there is none yet."""
         if self.saved_step == self.progress.step:
             return
+        self._check_equal()
+        random_states = self.world.gather_bytes(save_tensors(random_state()))
+        self.saved_step = self.progress.step
+        if not self.world.is_first:
+            return
         self.progress.num_threads = torch.get_num_threads()
         state = {f"{name}.{index:05d}": value for index, name, value in self._moments()}
         # An adapter folder holds the update of such a pair, from which its factors cannot be had back bit for bit.
         state |= {f"pair.{path}.{key}": value for path, pair in self.started.items() for key, value in pair.state_dict().items()}
         state |= self.ranks.state() if self.ranks else {}
         state |= {f"objective.{name}": value for name, value in self.objective.state().items()}
-        self.folder.save_checkpoint(self.progress, state | random_state(), self.write_adapter)
-        self.saved_step = self.progress.step
+        for rank, raw in enumerate(random_states):
+            state |= {f"{of_rank(rank)}{name}": value for name, value in load_tensors(raw).items()}
+        self.folder.save_checkpoint(self.progress, state, self.write_adapter)
 
     def restore(self, progress: Progress, state: dict[str, Tensor]) -> None:
         """Take up the state of a checkpoint; its adapter was attached by `prepare`. Raises: CheckpointError."""
@@ -204,6 +253,8 @@ class Trainer:
                 f"the settings in {self.folder.path}/config.toml are not those this run began with; "
                 "restore them, or start a new run"
             )
+        if progress.digests.get("parent") != self.digests.get("parent"):
+            raise CheckpointError(f"{self.folder.start} is not the adapter this run continues; restore it, or start a new run")
         if progress.digests.get("plan") != self.digests["plan"]:
             raise CheckpointError(
                 "the rows would meet in other steps than when this run began: its model is fused differently now (other versions "
@@ -214,6 +265,12 @@ class Trainer:
                 f"this run went on {progress.num_threads} threads so far and goes on with {torch.get_num_threads()}: sums are "
                 f"added in another order, so the last bits will differ. "
                 f"For the same bits set OMP_NUM_THREADS={progress.num_threads}."
+            )
+        before = 1 + sum(name.endswith(".rng.cpu") for name in state)
+        if before != self.world.size:
+            log.warning(
+                f"this run went on with {before} process{'es' * (before > 1)} so far and goes on with {self.world.size}: sums "
+                "are added in another order, so the last bits will differ, and where there is dropout other numbers are dropped"
             )
         for index, parameter in enumerate(self.parameters):
             moments = {name: state[f"{name}.{index:05d}"] for name in MOMENTS if f"{name}.{index:05d}" in state}
@@ -228,15 +285,23 @@ class Trainer:
             self.ranks.restore(state)
         prefix = "objective."
         self.objective.restore({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
-        restore_random_state(state)
+        own = of_rank(self.world.rank)
+        if f"{own}rng.cpu" in state:
+            restore_random_state({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
+        else:
+            torch.manual_seed(seed_of(self.settings.seed, self.world.rank, progress.step))
         self.progress, self.saved_step = progress, progress.step
-        self.folder.cut_log(progress.step)
+        if self.world.is_first:
+            self.folder.cut_log(progress.step)
 
     def write_adapter(self, path: Path, metrics: dict[str, Any] | None = None) -> None:
         """Write the adapter as it is now, with the recipe that makes it again."""
-        recipe = self.prepared.settings.model_dump(mode="json", exclude={"out"})
+        left_out: Any = {"out": True, "adapter": True, "train": set(LOOKING_ON)}
+        recipe = self.prepared.settings.model_dump(mode="json", exclude=left_out)
         recipe["data_digest"], recipe["step"] = self.prepared.rows.digest, self.adapter_step or self.progress.step
         recipe["data_digests"] = self.prepared.rows.digests
+        if self.prepared.parent:
+            recipe["continued"] = {"parent": {"files": self.prepared.parent}}
         save_adapter(self.model, path, self.prepared.adapter, recipe=recipe, metrics=metrics, base=self.prepared.fingerprint)
 
     def take_best(self) -> None:
@@ -272,12 +337,16 @@ class Trainer:
         loss = 0.0
         metrics: dict[str, float] = {}
         for batch in batches:
-            loss_sum, figures = self.objective.loss(batch)
+            loss_sum, figures = self._loss(batch)
             (loss_sum / weight).backward()
             loss += loss_sum.item() / weight
             for name, value in figures.items():
                 metrics[name] = metrics.get(name, 0.0) + value / weight
-        loss, *values = self.world.sum([loss, *metrics.values()])
+        if self.sharded and self.world.is_idle_at_the_end(planned):
+            # The others borrow this process's share of the weights in each pass, so it makes as many, of no weight.
+            (self._loss(self.objective.micro_batch(planned[0]))[0] * 0.0).backward()
+        (loss,) = self.world.sum([loss])
+        metrics = self.world.sum_figures(metrics)
         self.world.sum_gradients(self.parameters)
         self._check_finite("loss", loss, planned)
         if step == 0 and not self.objective.may_rest:
@@ -301,15 +370,16 @@ class Trainer:
         self.progress.tokens += int(tokens)
         self.progress.labelled_tokens += int(labelled)
         self.progress.seconds += seconds
-        told = dict(zip(metrics, values, strict=True)) | self.objective.figures()
-        record = StepRecord(self.progress.step, epoch, loss, rate, norm, int(tokens), int(labelled), seconds, told)
-        self.folder.append_log(log_line(record))
+        metrics |= self.objective.figures()
+        record = StepRecord(self.progress.step, epoch, loss, rate, norm, int(tokens), int(labelled), seconds, metrics)
+        if self.world.is_first:
+            self.folder.append_log(log_line(record))
         if self.observer is not None:
             self.observer.on_step(record)
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        figures = self.objective.evaluate()
+        figures = self._figures_of_held_out()
         loss = figures.pop("eval_loss")
         progress = self.progress
         is_best = progress.best_loss is None or loss < progress.best_loss
@@ -319,9 +389,45 @@ class Trainer:
             progress.evals_without_gain += 1
         progress.seconds += time.perf_counter() - began
         record = EvalRecord(progress.step, loss, is_best, figures)
-        self.folder.append_log(log_line(record))
+        if self.world.is_first:
+            self.folder.append_log(log_line(record))
         if self.observer is not None:
             self.observer.on_eval(record)
+
+    def _keep_anchor(self) -> None:
+        if self.world.is_first and self.progress.step in self.anchors:
+            self.folder.save_anchor(self.progress.step, self.write_adapter)
+
+    def _loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+        return self.sharded.run(self.objective.loss, batch) if self.sharded else self.objective.loss(batch)
+
+    def _figures_of_held_out(self) -> dict[str, float]:
+        """The first process evaluates while the others wait; where the base is sharded, all of them do, on the same rows."""
+        if self.sharded:
+            figures = self.sharded.run(self.objective.evaluate)
+            self.sharded.rest()
+        else:
+            figures = self.objective.evaluate() if self.world.is_first else {}
+        return self.world.from_first(figures)
+
+    def _replicated(self) -> list[Tensor]:
+        """Return what every process must hold to the same bits."""
+        pairs = [tensor for _, pair in sorted(self.started.items()) for tensor in pair.state_dict().values()]
+        return [*(item.parameter for item in self.items), *self.parameters, *pairs]
+
+    def _check_equal(self) -> None:
+        """Raise TrainingError if the processes no longer hold the same adapter: a checkpoint would be of one of them only."""
+        if self.world.size == 1:
+            return
+        digest = hashlib.sha256()
+        for tensor in self._replicated():
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digests = self.world.gather(digest.hexdigest())
+        if others := [rank for rank, each in enumerate(digests) if each != digests[0]]:
+            raise TrainingError(
+                f"after step {self.progress.step} the adapter of process {others[0]} is not that of process 0 to the bit: an "
+                f"exchange went wrong, or the machines compute differently. The last checkpoint is at step {self.saved_step}"
+            )
 
     def _wants_compiler(self) -> bool:
         if self.settings.compile == "auto":
@@ -371,7 +477,13 @@ class Trainer:
             log.warning(f"{len(still)} of {len(moved)} adapted modules received no gradient in the first step: {some}")
 
 
-def stop_on_signal(trainer: Trainer) -> Callable[[int, Any], None]:
+class Stoppable(Protocol):
+    """What ends after its present step when it is asked to."""
+
+    stop_requested: bool
+
+
+def stop_on_signal(trainer: Stoppable) -> Callable[[int, Any], None]:
     """Return a signal handler that lets the step finish and a checkpoint be written; a second signal stops at once."""
 
     def handle(number: int, frame: Any) -> None:

@@ -1,6 +1,6 @@
-"""Pictures: the loss curve of a run, and pairs of several ranks beside a full fine-tune."""
+"""Pictures: the loss curve of a run, several runs, metrics along a run, and pairs of several ranks beside a full fine-tune."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,51 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     write_atomic(path, as_png(figure))
 
 
+def plot_runs(runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path) -> None:
+    """Draw the losses of several runs over each other into a PNG: held out on the left, training (smoothed) on the right.
+
+    `runs` maps names to (step, value) pairs of "eval_loss" and "loss"; a panel that no run has values for is left out.
+    Raises: MissingExtraError.
+    """
+    titles = {"eval_loss": "held out", "loss": "training, smoothed"}
+    shown = [key for key in titles if any(run.get(key) for run in runs.values())] or ["loss"]
+    figure = make_figure("drawing runs", figsize=(5.5 * len(shown), 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for index, (name, run) in enumerate(runs.items()):
+            if points := run.get(key):
+                steps, values = zip(*points, strict=True)
+                drawn = values if key == "eval_loss" else smoothed(values)
+                axes.plot(steps, drawn, color=f"C{index}", marker="o" if key == "eval_loss" else "", markersize=4, label=name)
+        axes.set_title(titles[key])
+        axes.set(xlabel="optimiser step", ylabel="loss")
+        axes.grid(alpha=0.3)
+        _name_lines(axes)
+    write_atomic(path, as_png(figure))
+
+
+def plot_trajectory(
+    metrics: Mapping[str, Sequence[tuple[int, float]]], base: Mapping[str, float], path: Path, title: str
+) -> None:
+    """Draw metrics of the adapters along a run over its steps into a PNG, each with the base's value as a dashed line.
+
+    A metric called "loss" has a panel of its own; the others are shares. Raises: MissingExtraError.
+    """
+    panels = [[key for key in metrics if key != "loss"], ["loss"] * ("loss" in metrics)]
+    panels = [panel for panel in panels if panel]
+    figure = make_figure("drawing a trajectory", figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for index, key in enumerate(panel):
+            axes.plot(*zip(*metrics[key], strict=True), color=f"C{index}", marker="o", markersize=4, label=key)
+            if key in base:
+                axes.axhline(base[key], color=f"C{index}", linewidth=1, linestyle="--")
+        is_loss = panel == ["loss"]
+        axes.set(xlabel="optimiser step", ylabel="held-out loss per answer token (nats)" if is_loss else "share of rows")
+        axes.grid(alpha=0.3)
+        _name_lines(axes)
+    figure.suptitle(title, parse_math=False)
+    write_atomic(path, as_png(figure))
+
+
 def plot_baseline(pairs: dict[int, dict[str, Any]], full: dict[str, Any], path: Path, title: str) -> None:
     """Draw held-out loss, and exact match where it was judged, against trained parameters into a PNG.
 
@@ -68,3 +113,10 @@ def smoothed(values: Sequence[float]) -> list[float]:
         total, weight = SMOOTHING * total + value, SMOOTHING * weight + 1
         out.append(total / weight)
     return out
+
+
+def _name_lines(axes: Any) -> None:
+    """Add the legend, where anything is drawn. A $ in the name of a user's file is no formula."""
+    if axes.get_lines():
+        for text in axes.legend().get_texts():
+            text.set_parse_math(False)

@@ -1,11 +1,12 @@
 """train(): one run from settings to a finished adapter; the table of contents of this room."""
 
 import json
+import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,20 @@ from luthier.adapt.ranks import live_ranks
 from luthier.adapt.state import base_parameters
 from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
-from luthier.core.errors import CheckpointError, MissingExtraError
+from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
 from luthier.data.preview import preview
 from luthier.ops.packed import stored_bytes
 from luthier.train.display import Display, preflight_report, summary_report
-from luthier.train.loop import Trainer, stop_on_signal
+from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
+from luthier.train.processes import joined
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
+from luthier.train.tracking.base import Status, check_trackers
+from luthier.train.tracking.follow import Tracking, tracking_of
+from luthier.train.world import World
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,15 @@ def train(settings: RunSettings, *, console: Console | None = None) -> Outcome:
     Raises: ConfigError, ModelError, DataError, TargetError and CheckpointError before anything is written; TrainingError and
     StorageError later, with the last checkpoint intact.
     """
-    console = console or Console(quiet=True)
-    RunFolder(settings.out).check_free()
-    prepared = prepare(settings, tell=partial(console.log if console.is_terminal else console.print, markup=False))
-    folder = RunFolder.create(settings)
-    return _carry_out(Trainer(prepared, folder), console)
+    with joined() as world:
+        console = _console(console, world)
+        settings = _of_all(settings, world)
+        check_trackers(settings.train.track)
+        if world.is_first:
+            RunFolder(settings.out).check_free()
+        prepared = prepare(settings, tell=partial(console.log if console.is_terminal else console.print, markup=False))
+        folder = RunFolder.create(settings) if world.is_first else RunFolder(settings.out)
+        return _carry_out(Trainer(prepared, folder, world=world), console)
 
 
 def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
@@ -59,25 +68,29 @@ def resume(path: str | Path, *, console: Console | None = None) -> Outcome:
 
     Raises: CheckpointError if it is no run folder, damaged, finished, or its rows changed.
     """
-    console = console or Console(quiet=True)
-    folder, settings = RunFolder.open(path)
-    if (folder.path / SUMMARY_FILE).exists():
-        raise CheckpointError(f"{path} is finished; its adapter is {folder.adapter}. Start a new run to train more.")
-    found = folder.load_checkpoint()
-    prepared = prepare(settings, tell=partial(console.print, markup=False), adapter=found[2] if found else None)
-    trainer = Trainer(prepared, folder)
-    if found is not None:
-        trainer.restore(found[0], found[1])
-        console.print(f"Resumed at step {trainer.progress.step} of {trainer.num_steps}.")
-    else:
-        folder.cut_log(0)
-        console.print("No checkpoint was written yet; beginning anew.")
-    return _carry_out(trainer, console)
+    with joined() as world:
+        console = _console(console, world)
+        folder, settings = RunFolder.open(path)
+        if (folder.path / SUMMARY_FILE).exists():
+            raise CheckpointError(f"{path} is finished; its adapter is {folder.adapter}. Start a new run to train more.")
+        check_trackers(settings.train.track)
+        found = folder.load_checkpoint()
+        prepared = prepare(settings, tell=partial(console.print, markup=False), adapter=found[2] if found else None)
+        trainer = Trainer(prepared, folder, world=world)
+        if found is not None:
+            trainer.restore(found[0], found[1])
+            console.print(f"Resumed at step {trainer.progress.step} of {trainer.num_steps}.")
+        else:
+            if world.is_first:
+                folder.cut_log(0)
+            console.print("No checkpoint was written yet; beginning anew.")
+        return _carry_out(trainer, console)
 
 
 def dry_run(settings: RunSettings, *, console: Console | None = None) -> Preflight:
     """Do everything but train: read, encode, attach, look, and say what would happen. Writes nothing."""
     console = console or Console(quiet=True)
+    check_trackers(settings.train.track)
     prepared = prepare(settings, tell=partial(console.print, markup=False))
     found = preflight(Trainer(prepared, RunFolder(settings.out)))
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer)))
@@ -85,24 +98,91 @@ def dry_run(settings: RunSettings, *, console: Console | None = None) -> Preflig
 
 
 def _carry_out(trainer: Trainer, console: Console) -> Outcome:
-    prepared = trainer.prepared
+    prepared, world = trainer.prepared, trainer.world
     found = preflight(trainer)
     console.print(preflight_report(found, str(prepared.plan), preview(prepared.rows.train, prepared.base.tokenizer, rows=1)))
-    with Display(console, trainer.num_steps, trainer.progress.step) as display, _graceful_stop(trainer):
-        trainer.observer = display
+    if not world.is_first:
+        with graceful_stop(trainer):
+            trainer.run()
+        world.gather(trainer.peak_bytes)
+        return Outcome(prepared, found, world.from_first({}))  # which comes when all is written
+    tracking = tracking_of(trainer)
+    with _status_kept(trainer, tracking):
+        outcome = _trained(trainer, console, found, tracking)
+    ended: Status = "interrupted" if outcome.summary["ended"] == "interrupted" else "finished"
+    trainer.folder.write_status(outcome.summary["ended"], trainer.num_steps)
+    reports = tracking.finish(ended, _artifacts(outcome.summary))
+    outcome.summary["tracking"] = [asdict(report) for report in reports]
+    for report in reports:
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
+    world.from_first(outcome.summary)
+    return outcome
+
+
+def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tracking) -> Outcome:
+    with Display(console, trainer.num_steps, trainer.progress.step) as display, graceful_stop(trainer):
+        trainer.observer = Both(display, tracking)
         ended = trainer.run()
+    trainer.peak_bytes = max(trainer.world.gather(trainer.peak_bytes))
+    outcome = finish(trainer, found, ended)
     if ended == "interrupted":
         words = f"Stopped at step {trainer.progress.step}. Continue with: luthier train --resume {trainer.folder.path}"
         console.print(words, markup=False, soft_wrap=True)
-        return Outcome(prepared, found, _summary(trainer, ended))
+    else:
+        console.print(summary_report(outcome.summary))
+    return outcome
+
+
+def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
+    """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
+    if ended == "interrupted":
+        return Outcome(trainer.prepared, found, _summary(trainer, ended))
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    console.print(summary_report(summary))
-    return Outcome(prepared, found, summary)
+    return Outcome(trainer.prepared, found, summary)
+
+
+@contextmanager
+def _status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
+    """Say that the run is running, and that it failed where the block does, in its folder and to its trackers."""
+    trainer.folder.write_status("running", trainer.num_steps)
+    try:
+        yield
+    except BaseException:
+        with suppress(StorageError):  # a full disk may be why
+            trainer.folder.write_status("failed", trainer.num_steps)
+        tracking.finish("failed")
+        raise
+
+
+def _artifacts(summary: dict[str, Any]) -> list[Path]:
+    """Return what trackers are given of a finished run; of one that was interrupted, the curve so far."""
+    named = [summary["plot"]] if summary["ended"] == "interrupted" else [summary["adapter"], summary["plot"]]
+    return [Path(path) for path in named if path is not None]
+
+
+def _console(console: Console | None, world: World) -> Console:
+    """Return where the first process writes, and what takes in the words of the others."""
+    if not world.is_first:
+        logging.getLogger("luthier").setLevel(logging.ERROR)
+    return console if console is not None and world.is_first else Console(quiet=True)
+
+
+def _of_all(settings: RunSettings, world: World) -> RunSettings:
+    """Return the settings of a new run with its width in processes, and one folder for all of them.
+
+    Raises: ConfigError for a setting that needs several processes.
+    """
+    if world.size == 1:
+        if settings.train.shard != "none":
+            raise ConfigError("train.shard has no effect in one process; start several (--nproc), or leave it out")
+        return settings
+    train = settings.train.changed(processes=settings.train.processes or world.size)
+    return settings.changed(out=world.from_first(settings.out), train=train)
 
 
 def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
@@ -134,6 +214,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "peak_bytes": trainer.peak_bytes,
+        "processes": trainer.world.size,
         "run": str(folder.path),
         "adapter": str(folder.adapter),
         "adapter_bytes": adapter_file.stat().st_size if adapter_file.exists() else 0,
@@ -161,7 +242,7 @@ def _ranks(trainer: Trainer) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _graceful_stop(trainer: Trainer) -> Iterator[None]:
+def graceful_stop(trainer: Stoppable) -> Iterator[None]:
     """Ctrl-C and SIGTERM finish the step and write a checkpoint. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,8 +2,12 @@
 
 config.toml           the resolved settings; `luthier train --resume` reads them
 run.jsonl             one line per step and per evaluation
+status.json           running, finished, interrupted or failed, and which process wrote so
 loss.png              the loss curve
+start/                the adapter that the run continues, where it continues one
 checkpoints/step-N/   adapter/, optimizer.safetensors, state.json: all that an exact continuation needs
+anchors/step-N/       adapters along the way, where train.anchors asks for them
+tracking/             what trackers were told (luthier.train.tracking), and their files
 adapter/              the best adapter of the run (the last one, where nothing was held out)
 summary.json          what came of it
 """
@@ -11,6 +15,7 @@ summary.json          what came of it
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +26,10 @@ from torch import Tensor
 
 from luthier.core.atomic import leftovers, new_folder, write_atomic
 from luthier.core.errors import CheckpointError, StorageError
-from luthier.formats.folder import read_adapter
+from luthier.formats.folder import FILES, read_adapter
+from luthier.train.parent import adapter_folder
+from luthier.train.runlog import ANCHORS, CONFIG_FILE, LOG_FILE, STATUS_FILE, SUMMARY_FILE, TRACKING, read_log, status_now
 from luthier.train.settings import RunSettings, read_settings
-
-CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.toml", "run.jsonl", "summary.json"
 
 
 @dataclass
@@ -49,6 +54,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.start = self.path / "start"
         self.log = self.path / LOG_FILE
         self.plot = self.path / "loss.png"
 
@@ -57,8 +63,17 @@ class RunFolder:
         """Start a new run. Raises: CheckpointError if the folder already holds one."""
         run = cls(settings.out)
         run.check_free()
+        if settings.adapter is not None:
+            run.keep_start(adapter_folder(settings.adapter))
         write_atomic(run.path / CONFIG_FILE, settings.to_toml())
         return run
+
+    def keep_start(self, adapter: Path) -> None:
+        """Copy the adapter that is continued into the run, so that it stays what it was. Raises: StorageError."""
+        with new_folder(self.start) as folder:
+            for name in FILES:
+                if (adapter / name).is_file():
+                    shutil.copyfile(adapter / name, folder / name)
 
     def check_free(self) -> None:
         """Raise CheckpointError if the folder already holds a run, or something where a run would put its own."""
@@ -66,7 +81,8 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds a run; continue it with --resume {self.path}, or choose another --out")
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; a run needs a folder. Choose another --out")
-        own = (self.log, self.path / SUMMARY_FILE, self.plot, self.checkpoints, self.adapter)
+        named = (SUMMARY_FILE, STATUS_FILE, ANCHORS, TRACKING)
+        own = (self.log, self.plot, self.checkpoints, self.adapter, self.start, *(self.path / name for name in named))
         if taken := [entry.name for entry in own if entry.exists()]:
             raise CheckpointError(f"{self.path} holds {', '.join(taken)}, which this run would write; choose another --out")
 
@@ -80,7 +96,8 @@ class RunFolder:
             for leftover in leftovers(folder):
                 shutil.rmtree(leftover, ignore_errors=True)
                 leftover.unlink(missing_ok=True)
-        return run, read_settings(run.path / CONFIG_FILE).changed(out=str(path))
+        kept = {"adapter": str(run.start)} if run.start.is_dir() else {}
+        return run, read_settings(run.path / CONFIG_FILE, kept | {"out": str(path)})
 
     def save_checkpoint(self, progress: Progress, optimizer: dict[str, Tensor], write_adapter: Any) -> Path:
         """Write one checkpoint. `write_adapter(folder)` writes the adapter; `optimizer` are tensors by name."""
@@ -128,6 +145,17 @@ class RunFolder:
     def step_folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
+    def save_anchor(self, step: int, write_adapter: Callable[[Path], Any]) -> None:
+        """Keep the adapter of a step. A resumed run writes again what one that was killed wrote after its last checkpoint."""
+        path = self.path / ANCHORS / f"step-{step:06d}"
+        if path.exists():
+            shutil.rmtree(path)
+        write_adapter(path)
+
+    def write_status(self, status: str, num_steps: int) -> None:
+        """Say how the run fares, and which process says so. Raises: StorageError."""
+        write_atomic(self.path / STATUS_FILE, json.dumps(status_now(status, num_steps), indent=2))
+
     def append_log(self, record: dict[str, Any]) -> None:
         """Add one line to the log. Raises: StorageError."""
         try:
@@ -138,13 +166,7 @@ class RunFolder:
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the log's records; a last line that a killed writer left half-written is passed over."""
-        records = []
-        for line in self.log.read_text().splitlines() if self.log.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-        return records
+        return read_log(self.log)
 
     def cut_log(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run does these steps again."""
@@ -162,17 +184,26 @@ def _digest(progress: Progress, raw: bytes) -> str:
     return hashlib.sha256(json.dumps(asdict(progress), sort_keys=True).encode() + raw).hexdigest()
 
 
+def of_rank(rank: int) -> str:
+    """Return how the names of a process's random states begin in a checkpoint; the first's are as in a run of one process."""
+    return f"rank{rank}." if rank else ""
+
+
+def seed_of(seed: int, *parts: int) -> int:
+    """Return a seed for torch that follows from a run's seed and these numbers."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:7])
+
+
 def random_state() -> dict[str, Tensor]:
-    """Return torch's generators' states as tensors."""
+    """Return torch's generators' states as tensors: of the CPU, and of the GPU that this process works on."""
     state = {"rng.cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        state[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    if torch.cuda.is_available():
+        state[f"rng.cuda.{torch.cuda.current_device()}"] = torch.cuda.get_rng_state()
     return state
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
     """Set torch's generators to what random_state returned."""
     torch.set_rng_state(state["rng.cpu"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"rng.cuda.{index}" in state:
-            torch.cuda.set_rng_state(state[f"rng.cuda.{index}"], index)
+    if torch.cuda.is_available() and (name := f"rng.cuda.{torch.cuda.current_device()}") in state:
+        torch.cuda.set_rng_state(state[name])

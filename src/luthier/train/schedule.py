@@ -26,7 +26,7 @@ def plan_steps(lengths: Sequence[int], settings: TrainSettings, *, packed: bool 
             epoch=epoch,
             packed=packed,
         )
-        width = settings.accumulate
+        width = settings.accumulate * (settings.processes or 1)
         steps += [(epoch, batches[start : start + width]) for start in range(0, len(batches), width)]
     return steps[: settings.max_steps]
 
@@ -47,3 +47,10 @@ def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
     if settings.schedule == "linear":
         return settings.learning_rate * (1 - progress)
     return settings.learning_rate
+
+
+def anchor_steps(num_steps: int, anchors: int) -> frozenset[int]:
+    """Return the steps after which an adapter is kept: 0 (as it began), and `anchors` evenly spaced ones up to the last."""
+    if not anchors:
+        return frozenset()
+    return frozenset({0, *(max(1, round(num_steps * index / anchors)) for index in range(1, anchors + 1))})

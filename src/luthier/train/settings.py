@@ -14,6 +14,7 @@ from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.methods import CATALOGUE, LOFTQ, METHOD_NAMES, Method
 from luthier.core.settings import Settings
 from luthier.train.objectives.settings import ObjectiveSettings, RolloutSettings, SftSettings
+from luthier.train.parent import continued_config
 
 DEFAULT_R = 16
 TASK = "CAUSAL_LM"
@@ -21,6 +22,9 @@ LATER = ("objective",)
 """Settings that older runs do not know. As they are by default they change nothing, and have no part in a run's digest."""
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+TrackerName = Literal["mlflow", "tensorboard", "trackio", "wandb"]
+LOOKING_ON = frozenset({"anchors", "track", "track_patience", "track_project"})
+"""Settings of [train] that change no number: they have no part in a run's digest, nor in the recipe of its adapter."""
 
 
 class DataSettings(Settings):
@@ -52,6 +56,15 @@ class TrainSettings(Settings):
     batch_tokens: int = Field(2048, ge=1, description="tokens in one forward pass, padding included where there is any")
     batch_rows: int | None = Field(None, ge=1, description="rows in one forward pass at most")
     accumulate: int = Field(1, ge=1, description="forward passes in one optimiser step, weighted by labelled tokens")
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="a step is `accumulate` times so many forward passes wide, whoever carries it out; default: as many as begin",
+    )
+    shard: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="fsdp2: each process keeps a share of the frozen base only and borrows the rest, block by block",
+    )
     gradient_checkpointing: bool = Field(False, description="compute activations twice, to keep fewer of them")
     packing: bool = Field(
         True,
@@ -72,6 +85,14 @@ class TrainSettings(Settings):
         None, gt=0, allow_inf_nan=False, description="LoRA+: peak learning rate of adapted embeddings; default 1e-6"
     )
     freeze_A: bool = Field(False, description="LoRA-FA: lora_A stays as it began, only lora_B is trained")
+    anchors: int = Field(
+        0, ge=0, description="keep the adapter as it began, and at so many evenly spaced steps, for `luthier runs trajectory`"
+    )
+    track: tuple[TrackerName, ...] = Field((), description="send the run's figures to these too: docs/tracking.md")
+    track_project: str | None = Field(None, min_length=1, description="project (MLflow: experiment) there; default: luthier")
+    track_patience: float = Field(
+        15.0, gt=0, allow_inf_nan=False, description="seconds without an answer after which a tracker is left at the end"
+    )
     full: bool = Field(False, description="train a copy of every weight instead of pairs: the yardstick of `luthier baseline`")
 
 
@@ -84,6 +105,11 @@ class RunSettings(Settings):
     quantize: Literal["none", "nf4"] = Field(
         "none", description="nf4: the base's linear layers are read into 4 bits and stay so (QLoRA); the rest is in dtype"
     )
+    adapter: str | None = Field(
+        None,
+        description="an adapter to go on from instead of a fresh one: its folder, or that of its run. `lora` is then the "
+        "adapter's own; of it, only lora_dropout may be given otherwise",
+    )
     data: DataSettings = Field(description="the rows")
     lora: SerializeAsAny[LoraConfig] = Field(
         default_factory=lambda: LoraConfig.model_validate({"r": DEFAULT_R, "lora_alpha": 2 * DEFAULT_R, "task_type": TASK}),
@@ -92,6 +118,13 @@ class RunSettings(Settings):
     )
     objective: ObjectiveSettings = Field(default=SftSettings(), description="what is minimised")
     train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}), description="the loop")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_parent(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not given.get("adapter"):
+            return given
+        return given | {"lora": continued_config(given["adapter"], given.get("lora"))}
 
     @field_validator("lora", mode="before")
     @classmethod
@@ -131,6 +164,8 @@ class RunSettings(Settings):
             )
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
+        if self.train.full and self.adapter is not None:
+            raise ValueError("train.full begins with the weights of the base, and adapter with those of an adapter; choose one")
         if self.train.full and (given := self._given_for_pairs()):
             raise ValueError(f"train.full trains every weight and makes no pairs, so {', '.join(given)} would have no effect")
         if self.objective.kind != "sft" and self.lora.lora_dropout:
@@ -151,8 +186,14 @@ class RunSettings(Settings):
             raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
         if self.train.full and self.quantize != "none":
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
+        if self.train.full and self.train.shard != "none":
+            raise ValueError("train.full keeps a trained copy of every weight in each process; train.shard would save nothing")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":
             raise ValueError("train.freeze_A freezes an A of half the rank with init 'orthogonal'; use another init")
+        if self.train.track_project is not None and not self.train.track:
+            raise ValueError("train.track_project has no effect without train.track")
+        if len(set(self.train.track)) < len(self.train.track):
+            raise ValueError(f"train.track names one twice: {', '.join(self.train.track)}")
         return self
 
     def _given_for_pairs(self) -> list[str]:
@@ -165,9 +206,10 @@ class RunSettings(Settings):
 
     def digest(self) -> str:
         """Return a sha256 over what decides the numbers; where files lie does not count, since folders may be moved."""
-        places = {"model": True, "out": True, "data": {"path", "eval_path"}}
-        later = {name: True for name in LATER if getattr(self, name) == type(self).model_fields[name].default}
-        return hashlib.sha256(self.model_dump_json(exclude=places | later).encode()).hexdigest()  # type: ignore[arg-type]
+        aside: dict[str, Any] = {"model": True, "out": True, "adapter": True, "data": {"path", "eval_path"}}
+        aside |= {name: True for name in LATER if getattr(self, name) == type(self).model_fields[name].default}
+        aside["train"] = {*LOOKING_ON, "shard"} | ({"processes"} if self.train.processes in (None, 1) else set())
+        return hashlib.sha256(self.model_dump_json(exclude=aside).encode()).hexdigest()
 
     def to_toml(self) -> str:
         """Return the settings as TOML that reads back to the same settings."""
@@ -197,8 +239,13 @@ def settings_of_recipe(
 ) -> RunSettings:
     """Return the settings of the run that wrote `recipe`, for another base and folder; `places`: where rows lie (train, eval).
 
-    Raises: ConfigError if the recipe holds what this version does not know.
+    Raises: ConfigError if the recipe holds what this version does not know, or continued an adapter of the old base.
     """
+    if recipe.get("continued"):
+        raise ConfigError(
+            "this adapter was continued from another, whose numbers belong to its own base. Train that one's recipe on the other "
+            "base first, and continue from there: luthier train --from ADAPTER"
+        )
     values = {key: value for key, value in recipe.items() if key in RunSettings.model_fields}
     lora = {key: value for key, value in values["lora"].items() if key not in ("base_model_name_or_path", "revision")}
     data = dict(values["data"])
@@ -231,12 +278,24 @@ def settings_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def check_methods(settings: RunSettings, names: Sequence[str]) -> None:
     """Raise ConfigError unless `settings` use the methods with these names and no other."""
-    used = [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
+    used = _used_methods(settings)
     others, unused = sorted(set(used) - set(names)), sorted(set(names) - set(used) - {"lora"})
     if others or unused:
         faults = [f"the settings also ask for {', '.join(others)}: name it with --method too, or take it out"] * bool(others)
         faults += [f"the settings undo {', '.join(unused)}: leave out what does"] * bool(unused)
         raise ConfigError(f"--method says {', '.join(names)}, but {'; '.join(faults)}")
+
+
+def methods_of(settings: RunSettings) -> list[str]:
+    """Return the names of the methods that settings use, with the init where it is not the usual one; "full" for every weight."""
+    if settings.train.full:
+        return ["full"]
+    init = settings.lora.init_lora_weights
+    return (_used_methods(settings) or ["lora"]) + [str(init)] * (init is not True)
+
+
+def _used_methods(settings: RunSettings) -> list[str]:
+    return [method.name for method in CATALOGUE if method.kind == "method" and method.settings and _is_used(method, settings)]
 
 
 def _is_used(method: Method, settings: RunSettings) -> bool:

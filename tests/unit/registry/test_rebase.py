@@ -155,6 +155,7 @@ def test_what_cannot_be_made_again_says_why_and_is_left_alone(filled: Registry, 
     recipe = facts(filled, "orders:1").recipe
     assert obstacle(recipe={}) == "no recipe is stored that could make it again (model, data, lora, train not there)"
     assert "rebase that one" in str(obstacle(recipe=recipe | {"truncated": {"parent": {"folder": "runs/a"}}}))
+    assert "continue from its successor" in str(obstacle(recipe=recipe | {"continued": {"parent": {"files": {}}}}))
     assert obstacle(hold_reason="under erasure", recipe=recipe) == "it is on hold: under erasure"
     with filled.database.writing() as session:
         find_version(session, "orders:1").lifecycle = Lifecycle.RETIRED

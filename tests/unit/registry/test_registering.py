@@ -139,16 +139,19 @@ def test_the_data_that_a_recipe_names_is_part_of_the_origin(registry: Registry, 
         assert session.scalars(select(schema.AdapterVersion.no_data_reason)).all() == [None]
 
 
-def test_the_parent_that_a_recipe_names_is_part_of_the_origin(registry: Registry, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("relation", ["truncated", "continued"])
+def test_the_parent_that_a_recipe_names_is_part_of_the_origin(
+    registry: Registry, folder: Path, tmp_path: Path, relation: str
+) -> None:
     import hashlib
 
     register(registry, folder, name="orders", **SAID)
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    recipe = {"truncated": {"rank": 2, "parent": {"folder": "x", "files": {"adapter_model.safetensors": digest}}}}
+    recipe = {relation: {"parent": {"files": {"adapter_model.safetensors": digest}}}}
     register(registry, save_adapter_folder(tmp_path / "child", 2, r=2, recipe=recipe), name="orders", **SAID)
     with registry.database.reading() as session:
         link = session.scalars(select(schema.AdapterParent)).one()
-        assert (link.parent_id, link.child_id, link.relation) == (1, 2, "truncated")
+        assert (link.parent_id, link.child_id, link.relation) == (1, 2, relation)
 
 
 def test_data_is_named_by_its_digest_in_every_data_set_that_has_it(registry: Registry, folder: Path) -> None:

@@ -68,6 +68,7 @@ class Dpo(PreferenceObjective):
 def figures_of(pairs: PairLosses, log_probs: Tensor) -> dict[str, float]:
     """Return what is logged of some pairs, summed: rewards, in how many the better answer has the larger one, and likelihoods."""
     chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
+    log_probs = log_probs.detach()
     return {
         "rewards/chosen": float(chosen.sum()),
         "rewards/rejected": float(rejected.sum()),
