@@ -162,6 +162,15 @@ class RunSettings(Settings):
                 f"train.accumulate has no effect with objective {self.objective.kind!r}: a step is objective.prompts prompts, "
                 "in as many forward passes as train.batch_tokens needs; leave it out"
             )
+        if asks_only and self.train.shard != "none":
+            raise ValueError(
+                f"objective {self.objective.kind!r} answers in unlike numbers of passes on each process, and a base that is "
+                "sharded wants the same of all; leave train.shard out"
+            )
+        if isinstance(self.objective, RolloutSettings) and self.objective.iterations > 1 and (self.train.processes or 1) > 1:
+            raise ValueError(
+                "objective.iterations above 1 needs one process, since a checkpoint holds the answers of one; set it to 1"
+            )
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
         if self.train.full and self.adapter is not None:

@@ -47,6 +47,7 @@ class Grpo(RolloutObjective):
             epsilon=options.epsilon,
             epsilon_high=options.epsilon_high,
             beta=options.beta,
+            unbiased_kl=options.unbiased_kl,
         )
         self.count(kl=tokens.kl, clipped=tokens.is_clipped)
         return policy_losses.summed(tokens.losses, part.lengths, options.loss)

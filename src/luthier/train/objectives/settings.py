@@ -154,12 +154,17 @@ class GrpoSettings(RolloutSettings):
     beta: float = Field(
         default=0.0, ge=0, allow_inf_nan=False, description="weight of the divergence from the reference; 0: there is none"
     )
+    unbiased_kl: bool = Field(
+        default=True, description="the divergence is weighed by a token's ratio, so that its gradient has no bias"
+    )
     epsilon: float = Field(default=0.2, gt=0, lt=1, description="how far a token's ratio may count away from 1")
     epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="the same upwards; default: epsilon")
 
     @model_validator(mode="after")
-    def _clipping_takes_effect(self) -> Self:
+    def _settings_take_effect(self) -> Self:
         fields = type(self).model_fields
+        if not self.unbiased_kl and not self.beta:
+            raise ValueError("unbiased_kl has no effect without beta; leave it out")
         given = [key for key in ("epsilon", "epsilon_high") if getattr(self, key) != fields[key].default]
         if given and self.iterations == 1:
             raise ValueError(
