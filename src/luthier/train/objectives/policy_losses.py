@@ -91,8 +91,8 @@ def grpo(
 ) -> TokenLosses:
     """Return each token's loss, `clipped` + beta `kl_k3`; `advantages` (K,) are those of the tokens' answers.
 
-    With `unbiased_kl` the divergence is multiplied by the ratio r, through which it is learned from too: its gradient then is that
-    of the divergence itself, which the gradient of k3 alone is not. Source: Shao et al. 2024, equation 3 (arXiv:2402.03300);
+    With `unbiased_kl` the divergence is multiplied by the ratio r, through which it is learned from too: its gradient then is
+    that of the divergence itself, which the gradient of k3 alone is not. Source: Shao et al. 2024, equation 3 (arXiv:2402.03300);
     DeepSeek-AI 2025, section 3.1 (arXiv:2512.02556).
     """
     losses, is_clipped = clipped(log_probs, old, advantages, epsilon=epsilon, epsilon_high=epsilon_high)
