@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +43,7 @@ from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocato
 from luthier.train.objectives import objective_class
 from luthier.train.objectives.base import MicroBatch
 from luthier.train.prepare import Prepared
+from luthier.train.records import EvalRecord, Observer, StepRecord, log_line
 from luthier.train.runfolder import Progress, RunFolder, of_rank, random_state, restore_random_state, seed_of
 from luthier.train.schedule import anchor_steps, learning_rate, plan_digest
 from luthier.train.settings import LOOKING_ON
@@ -59,60 +59,6 @@ TOKENS_WORTH_COMPILING = 200_000
 """Compiling takes 10 to 30 seconds where nothing is in the compiler's cache yet, and saves some percent of a step."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimiser step did: a line of run.jsonl."""
-
-    step: int
-    epoch: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    labelled_tokens: int
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """One evaluation: a line of run.jsonl."""
-
-    step: int
-    eval_loss: float
-    is_best: bool
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def log_line(record: StepRecord | EvalRecord) -> dict[str, Any]:
-    """Return a record as it stands in run.jsonl: further figures stand beside the others."""
-    line = asdict(record)
-    return line | line.pop("metrics")
-
-
-class Observer(Protocol):
-    """Whoever wants to see a run go by."""
-
-    def on_step(self, record: StepRecord) -> None: ...
-
-    def on_eval(self, record: EvalRecord) -> None: ...
-
-
-class Both:
-    """Shows a run to two observers."""
-
-    def __init__(self, first: Observer, second: Observer):
-        self.observers = (first, second)
-
-    def on_step(self, record: StepRecord) -> None:
-        for observer in self.observers:
-            observer.on_step(record)
-
-    def on_eval(self, record: EvalRecord) -> None:
-        for observer in self.observers:
-            observer.on_eval(record)
 
 
 class Trainer:
@@ -193,6 +139,7 @@ class Trainer:
             yield
         finally:
             self.peak_bytes = peak_memory()
+            self.objective.close()
             self.model.eval()
             if self.sharded is None:  # fusing compares weights that are whole, so there would be no way back
                 unfuse(self.model)
@@ -350,7 +297,7 @@ class Trainer:
         metrics = self.world.sum_figures(metrics)
         self.world.sum_gradients(self.parameters)
         self._check_finite("loss", loss, planned)
-        if step == 0:
+        if step == 0 and not self.objective.may_rest:
             self._check_gradients()
         if self.ranks is not None and self.ranks.config.orth_reg_weight:
             self.ranks.penalty().backward()  # in the gradients only: the loss that is reported is the one of the answers

@@ -20,11 +20,12 @@ from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError
 from luthier.data.preview import preview
 from luthier.train.aftermath import aftermath
 from luthier.train.display import Display, preflight_report, summary_report
-from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
+from luthier.train.loop import Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
 from luthier.train.processes import joined
+from luthier.train.records import Both
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
 from luthier.train.tracking.base import check_trackers
@@ -194,6 +195,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
     progress, folder, prepared = trainer.progress, trainer.folder, trainer.prepared
     records = folder.read_log()
     losses = [record["loss"] for record in records if "loss" in record]
+    rewards = [record["reward"] for record in records if "reward" in record]
     plot, note = str(folder.plot), ""
     try:
         plot_losses(records, folder.plot, f"{prepared.base.spec}, {prepared.settings.data.path}")
@@ -214,6 +216,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "tokens_per_s": progress.tokens / step_seconds if step_seconds else 0.0,
         "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "loss": smoothed(losses)[-1] if losses else None,
+        "reward": smoothed(rewards)[-1] if rewards else None,
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "peak_bytes": trainer.peak_bytes,

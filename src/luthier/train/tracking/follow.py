@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from luthier.core.environment import environment
 from luthier.core.errors import StorageError
+from luthier.train.records import EvalRecord, StepRecord, log_line
 from luthier.train.runlog import TRACKING
 from luthier.train.tracking.base import Record, RunFacts, Status, flattened
 from luthier.train.tracking.channel import Channel, Report
 
 if TYPE_CHECKING:
-    from luthier.train.loop import EvalRecord, StepRecord, Trainer
+    from luthier.train.loop import Trainer
 
 STATUS: dict[str, Status] = {"failed": "failed", "interrupted": "interrupted", "pruned": "interrupted"}
 """How a run ended -> the word for it in trackers; every other end is "finished"."""
@@ -38,11 +39,11 @@ class Following:
             except OSError as error:  # no room for its files, or no process to be had: no reason to end a run
                 self.unopened.append(Report(name, None, 0, 0, f"it could not be started: {error}"))
 
-    def on_step(self, record: "StepRecord") -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Send the figures of a step."""
         self._send(record)
 
-    def on_eval(self, record: "EvalRecord") -> None:
+    def on_eval(self, record: EvalRecord) -> None:
         """Send the figures of an evaluation."""
         self._send(record)
 
@@ -60,11 +61,9 @@ class Following:
         """Wait for those trackers that answer, and return what became of the run in each."""
         return self.unopened + [channel.wait(self.trainer.settings.track_patience) for channel in self.channels]
 
-    def _send(self, record: "StepRecord | EvalRecord") -> None:
+    def _send(self, record: StepRecord | EvalRecord) -> None:
         if not self.channels:
             return
-        from luthier.train.loop import log_line
-
         line = log_line(record)
         step = line.pop("step")
         figures = {key: int(value) if isinstance(value, bool) else value for key, value in line.items()}
