@@ -153,6 +153,7 @@ class Sweep:
         return [(loss, count) for loss, count in self.record_of(trial)["row_losses"]]
 
     def record_of(self, trial: Trial) -> dict[str, Any]:
+        """Return what came of a trial that has ended."""
         record: dict[str, Any] = json.loads((self.trial_folder(trial.proposal.number) / TRIAL_FILE).read_text())
         return record
 
