@@ -28,9 +28,8 @@ def test_a_search_ends_with_settings_to_train_with(
         f'model = "{tiny_folder}"\n[data]\npath = "{many_rows}"\n[train]\nlearning_rate = 0.01\n'
         "[sweep]\nranks = [2]\ntrials = 9\nsteps = 5\n"
     )
-    said = luthier(
-        "sweep", "-c", "run.toml", "-o", "s", "--trials", 2, "--steps", 3, *QUICK, "--target", "q_proj,v_proj", "--json"
-    )
+    words = ("sweep", "-c", "run.toml", "-o", "s", *QUICK, "--json")
+    said = luthier(*words, "--trials", 2, "--steps", 3, "--target", "q_proj,v_proj")
     assert said.status == 0, said.err
     found = json.loads(said.out)
     assert [row["r"] for row in found["trials"]] == [2, 2]
