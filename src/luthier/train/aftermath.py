@@ -9,6 +9,7 @@ Not here: whether answers are right (`luthier eval`).
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.adapt.fusing import unfuse
+from luthier.adapt.fusing import fuse, fusion_of, unfuse
 from luthier.adapt.state import adapted_modules
 from luthier.adapt.switching import activate
 from luthier.core.atomic import write_atomic
@@ -31,6 +32,8 @@ from luthier.layers.pair import LoraPair, ParameterPair, ParameterPairs
 from luthier.ops.packed import PackedTensor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from luthier.train.loop import Trainer
     from luthier.train.prepare import Prepared
 
@@ -120,8 +123,8 @@ def aftermath(trainer: "Trainer") -> dict[str, Any]:
     stops: Stopping | str = "the base is spread over several processes"
     if is_whole:
         activate(prepared.base.model, prepared.adapter)
-        unfuse(prepared.base.model)
-        stops = stopping(prepared)
+        with _unfused(prepared.base.model):
+            stops = stopping(prepared)
     layers = layer_changes(prepared.base.model, prepared.adapter, trainer.folder.read_layers(), with_base=is_whole)
     coverage = prepared.rows.train.report
     unmoved = [layer.path for layer in layers if not layer.has_moved]
@@ -133,6 +136,18 @@ def aftermath(trainer: "Trainer") -> dict[str, Any]:
         "plot": _plot(layers, trainer.folder.path / "layers.png"),
         "notes": [*_notes(stops, unmoved, len(layers), coverage.rows_with_stop == 0), *coverage.warnings],
     }
+
+
+@contextmanager
+def _unfused(model: "PreTrainedModel") -> Iterator[None]:
+    """Within the block the model's blocks are its own; afterwards as before, since others may go on with it."""
+    was_fused = bool(fusion_of(model).attentions)
+    unfuse(model)
+    try:
+        yield
+    finally:
+        if was_fused:
+            fuse(model)
 
 
 def told(report: dict[str, Any]) -> Iterator[tuple[str, str]]:

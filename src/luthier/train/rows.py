@@ -40,6 +40,11 @@ class Rows:
         lengths = self.train.lengths
         return [sum(lengths[start : start + self.width]) for start in range(0, len(lengths), self.width)]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the model will be given, held out or not."""
+        return max(len(row) for rows in (self.train, self.held_out) if rows for row in rows.rows)
+
     def item(self, index: int) -> list[EncodedRow]:
         """Return the encoded rows of one item to train on."""
         return self.train.rows[index * self.width : (index + 1) * self.width]
@@ -97,9 +102,10 @@ def check_rows_fit(rows: Rows, model: "PreTrainedModel") -> None:
     """Raise ConfigError if a row is longer than the model can read, or ModelError if it has tokens the model does not have."""
     encoded = [*rows.train.rows, *(rows.held_out.rows if rows.held_out else [])]
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(row) for row in encoded)
-    if room and longest > room:
-        raise ConfigError(f"the longest row has {longest} tokens, this model reads {room} at most; set data.max_length to {room}")
+    if room and rows.longest > room:
+        raise ConfigError(
+            f"the longest row has {rows.longest} tokens, this model reads {room} at most; set data.max_length to {room}"
+        )
     highest, known = max(max(row.input_ids) for row in encoded), model.get_input_embeddings().weight.shape[0]
     if highest >= known:
         raise ModelError(

@@ -13,7 +13,7 @@ from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.methods import CATALOGUE, LOFTQ, METHOD_NAMES, Method
 from luthier.core.settings import Settings
-from luthier.train.objectives.settings import ObjectiveSettings, SftSettings
+from luthier.train.objectives.settings import ObjectiveSettings, RolloutSettings, SftSettings
 from luthier.train.parent import continued_config
 
 DEFAULT_R = 16
@@ -157,8 +157,23 @@ class RunSettings(Settings):
             raise ValueError("train.patience needs held-out rows: set data.eval_path or data.eval_fraction")
         if self.train.freeze_A and isinstance(self.lora, AdaLoraConfig):
             raise ValueError("train.freeze_A leaves AdaLoRA nothing to measure lora_A by; leave one of the two out")
-        if (self.data.prompt is None) != (self.data.completion is None):
+        asks_only = isinstance(self.objective, RolloutSettings)
+        if (self.data.prompt is None) != (self.data.completion is None) and not asks_only:
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
+        if asks_only and self.train.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate has no effect with objective {self.objective.kind!r}: a step is objective.prompts prompts, "
+                "in as many forward passes as train.batch_tokens needs; leave it out"
+            )
+        if asks_only and self.train.shard != "none":
+            raise ValueError(
+                f"objective {self.objective.kind!r} answers in unlike numbers of passes on each process, and a base that is "
+                "sharded wants the same of all; leave train.shard out"
+            )
+        if isinstance(self.objective, RolloutSettings) and self.objective.iterations > 1 and (self.train.processes or 1) > 1:
+            raise ValueError(
+                "objective.iterations above 1 needs one process, since a checkpoint holds the answers of one; set it to 1"
+            )
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
         if self.train.full and self.adapter is not None:
@@ -168,12 +183,17 @@ class RunSettings(Settings):
         if self.objective.kind != "sft" and self.lora.lora_dropout:
             raise ValueError(
                 f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
-                "was: different parts of the two would be missing; leave it out"
+                "was: different parts of the two would be missing; set it to 0"
             )
-        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
+        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ and self.adapter is None:
             raise ValueError(
                 f"objective {self.objective.kind!r} is measured against the base without the adapter, which with init 'loftq' is "
                 "not the model that training begins with; use another init"
+            )
+        if self.objective.kind == "kto" and self.train.shard != "none":
+            raise ValueError(
+                f"objective 'kto' makes passes of its own before a step, which train.shard {self.train.shard!r} is not made for; "
+                "leave train.shard out: each process then holds the base"
             )
         if self.objective.kind == "reward" and self.train.full:
             raise ValueError(
@@ -183,6 +203,11 @@ class RunSettings(Settings):
             raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
         if self.train.full and self.quantize != "none":
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
+        if self.objective.kind != "sft" and self.train.shard != "none":
+            raise ValueError(
+                f"train.shard goes with objective 'sft' only: with '{self.objective.kind}' the processes make unlike numbers of "
+                "passes, and each pass borrows weights from all of them; leave train.shard out"
+            )
         if self.train.full and self.train.shard != "none":
             raise ValueError("train.full keeps a trained copy of every weight in each process; train.shard would save nothing")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":
@@ -314,4 +339,10 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def without_none(values: dict[str, Any]) -> dict[str, Any]:
     """Return nested values without those that are None, for which TOML has no word."""
-    return {key: without_none(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None}
+    return {key: _each_without_none(value) for key, value in values.items() if value is not None}
+
+
+def _each_without_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_each_without_none(each) for each in value]
+    return without_none(value) if isinstance(value, dict) else value

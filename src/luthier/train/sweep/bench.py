@@ -13,8 +13,9 @@ from luthier.core.errors import CheckpointError, TrainingError
 from luthier.engine.score import can_take_packed
 from luthier.formats.adapters import fingerprint_of
 from luthier.models.load import load_model
-from luthier.train.loop import EvalRecord, StepRecord, Trainer
+from luthier.train.loop import Trainer
 from luthier.train.prepare import pad_id_of, prepare
+from luthier.train.records import EvalRecord, StepRecord
 from luthier.train.rows import Rows
 from luthier.train.runfolder import CONFIG_FILE, RunFolder
 from luthier.train.schedule import plan_steps
