@@ -165,7 +165,8 @@ class RunSettings(Settings):
         if self.objective.kind != "sft" and self.lora.lora_dropout:
             raise ValueError(
                 f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
-                "was: different parts of the two would be missing; leave it out"
+                "was: different parts of the two would be missing; leave it out, or set it to 0 where an adapter that has it is "
+                "continued"
             )
         if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
             raise ValueError(
