@@ -87,6 +87,9 @@ def preflight_report(
     table.add_row("rows", Text(f"{found.rows}; {found.coverage['rows']:,} to train on, {found.held_out_rows:,} held out"))
     table.add_row("trained", Text(plan))
     table.add_row("steps", f"{found.steps:,} in {found.epochs} epoch(s), {found.tokens:,} tokens")
+    if found.processes > 1:
+        spread = ", memory is of each; the base is spread over them before the first step" if found.shard != "none" else ""
+        table.add_row("processes", f"{found.processes}{spread or ', memory is of each'}")
     table.add_row(
         "memory",
         f"about {gib(memory.peak_bytes)} ({gib(memory.held_bytes)} held now, {gib(memory.activation_bytes)} activations, "

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from luthier.adapt.fusing import fuse, fusion_of, unfuse
 from luthier.adapt.ranks import RankAllocator, drop_masked
-from luthier.adapt.state import adapter_parameters, pairs_with_start
+from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start
 from luthier.core.allocator import release_freed_memory
 from luthier.core.config import AdaLoraConfig
 from luthier.core.errors import CheckpointError, TrainingError
@@ -37,6 +37,7 @@ from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
 from luthier.formats.note import TENSOR_FILE
 from luthier.ops.compiler import use_compiler
+from luthier.ops.packed import stored_bytes
 from luthier.ops.scratch import release_scratch
 from luthier.train.groups import parameter_groups
 from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
@@ -152,6 +153,7 @@ class Trainer:
         self.stop_requested = False
         self.sharded: ShardedModel | None = None
         self.peak_bytes = 0
+        self.base_bytes = sum(stored_bytes(tensor) for _, tensor in base_parameters(self.model))
         weight = next(self.model.parameters())
         device = weight.device
         saves_memory = weight.itemsize <= 2 or self.settings.gradient_checkpointing
@@ -268,8 +270,8 @@ class Trainer:
         before = 1 + sum(name.endswith(".rng.cpu") for name in state)
         if before != self.world.size:
             log.warning(
-                f"this run went on with {before} process{'es' * (before > 1)} so far and goes on with {self.world.size}: sums "
-                "are added in another order, so the last bits will differ, and where there is dropout other numbers are dropped"
+                f"this run went on with {before} process{'es' * (before > 1)} so far and goes on with {self.world.size}: "
+                "sums are added in another order, so the last bits will differ, and with dropout others are dropped"
             )
         for index, parameter in enumerate(self.parameters):
             moments = {name: state[f"{name}.{index:05d}"] for name in MOMENTS if f"{name}.{index:05d}" in state}
@@ -402,11 +404,14 @@ class Trainer:
 
     def _figures_of_held_out(self) -> dict[str, float]:
         """The first process evaluates while the others wait; where the base is sharded, all of them do, on the same rows."""
+        self.objective.world = World()  # whoever evaluates sees all rows
+        figures: dict[str, float] = {}
         if self.sharded:
             figures = self.sharded.run(self.objective.evaluate)
             self.sharded.rest()
-        else:
-            figures = self.objective.evaluate() if self.world.is_first else {}
+        elif self.world.is_first:
+            figures = self.objective.evaluate()
+        self.objective.world = self.world
         return self.world.from_first(figures)
 
     def _replicated(self) -> list[Tensor]:

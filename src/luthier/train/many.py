@@ -30,11 +30,11 @@ from luthier.train.memory import peak_memory
 from luthier.train.objectives import objective_class
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
-from luthier.train.run import Outcome, conclude, finish, graceful_stop, say_failed
+from luthier.train.run import Outcome, artifacts, finish, graceful_stop, tell_trackers
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder, random_state, restore_random_state
 from luthier.train.settings import RunSettings
 from luthier.train.tracking.base import check_trackers
-from luthier.train.tracking.follow import Tracking, tracking_of
+from luthier.train.tracking.follow import Following
 
 SHARED = ("model", "dtype", "quantize", "train.kernels", "train.gradient_checkpointing")
 """Settings of the base rather than of one adapter: the same in all runs that share it."""
@@ -54,10 +54,10 @@ class _Lane:
 
     trainer: Trainer
     state: dict[str, Tensor]
-    tracking: Tracking = field(default_factory=Tracking)
     found: Preflight | None = None
     ended: str | None = None
     outcome: Outcome | None = None
+    following: Following | None = None
 
     @contextmanager
     def at_work(self) -> Iterator[Trainer]:
@@ -82,8 +82,8 @@ def train_many(settings: Sequence[RunSettings], *, console: Console | None = Non
     console = console or Console(quiet=True)
     check_together(settings)
     for each in settings:
-        RunFolder(each.out).check_free()
         check_trackers(each.train.track)
+        RunFolder(each.out).check_free()
     tell = partial(console.log if console.is_terminal else console.print, markup=False)
     base = _load(settings[0], tell)
     prepared = [prepare_lane(each, base, name, tell) for each, name in zip(settings, lane_names(settings), strict=True)]
@@ -190,15 +190,23 @@ def _carry_out(turns: Turns, console: Console) -> list[Outcome]:
             lane.found = preflight(trainer)
             console.print(preflight_report(lane.found, str(trainer.prepared.plan), title=str(trainer.folder.path)))
             label = trainer.folder.path.name
-            lane.tracking = tracking_of(trainer)
-            trainer.folder.write_status("running", trainer.num_steps)
             display = Display(console, trainer.num_steps, trainer.progress.step, label=label, bar=bar)
-            trainer.observer = Both(display, lane.tracking)
-    with graceful_stop(turns), ExitStack() as running:
-        for lane in lanes:
-            running.enter_context(lane.trainer.running())
-        with bar:
-            _take_turns(turns, console)
+            lane.following = Following(trainer)
+            trainer.observer = Both(display, lane.following)
+    try:
+        with graceful_stop(turns), ExitStack() as running:
+            for lane in lanes:
+                running.enter_context(lane.trainer.running())
+            with bar:
+                _take_turns(turns)
+    except BaseException:
+        for following in [lane.following for lane in lanes if lane.following is not None]:
+            following.end("failed")  # of those that have not ended otherwise
+            following.wait()
+        raise
+    for lane in lanes:
+        if lane.following is not None and lane.outcome is not None:
+            tell_trackers(lane.following, lane.outcome, console)
     outcomes = [lane.outcome for lane in lanes if lane.outcome is not None]
     console.print(many_report([outcome.summary for outcome in outcomes]))
     left = [str(lane.trainer.folder.path) for lane in lanes if lane.ended == "interrupted"]
@@ -208,50 +216,44 @@ def _carry_out(turns: Turns, console: Console) -> list[Outcome]:
     return outcomes
 
 
-def _take_turns(turns: Turns, console: Console) -> None:
+def _take_turns(turns: Turns) -> None:
     """Let each run make a step in turn until all have ended; one that ends is finished at once."""
-    try:
-        while going := [lane for lane in turns.lanes if lane.ended is None]:
-            for lane in going:
-                if turns.stop_requested:
-                    _save(turns.lanes, console)
-                    return
-                _take_turn(lane, turns.lanes, console)
-    except BaseException:
-        for lane in turns.lanes:
-            if lane.ended in (None, "failed"):
-                say_failed(lane.trainer, lane.tracking)
-        raise
+    while going := [lane for lane in turns.lanes if lane.ended is None]:
+        for lane in going:
+            if turns.stop_requested:
+                _save(turns.lanes)
+                return
+            _take_turn(lane, turns.lanes)
 
 
-def _take_turn(lane: _Lane, lanes: Sequence[_Lane], console: Console) -> None:
+def _take_turn(lane: _Lane, lanes: Sequence[_Lane]) -> None:
     try:
         with lane.at_work() as trainer:
             if ended := trainer.advance():
-                _finish(lane, ended, console)
+                _finish(lane, ended)
     except TrainingError as error:
         lane.ended = "failed"
-        _save(lanes, console)
+        _save(lanes)
         others = [f"--resume {each.trainer.folder.path}" for each in lanes if each.ended == "interrupted"]
         note = f"\nThe others are safe; go on with them by: luthier train {' '.join(others)}" if others else ""
         raise TrainingError(f"{lane.trainer.folder.path}: {error}{note}") from error
 
 
-def _save(lanes: Sequence[_Lane], console: Console) -> None:
+def _save(lanes: Sequence[_Lane]) -> None:
     """Write checkpoints of the runs that have not ended; between two of its steps, each is in a state that can be saved."""
     for lane in lanes:
         if lane.ended is None:
             with lane.at_work() as trainer:
                 trainer.save()
-                _finish(lane, "interrupted", console)
+                _finish(lane, "interrupted")
 
 
-def _finish(lane: _Lane, ended: str, console: Console) -> None:
-    assert lane.found is not None  # every run was looked at before the first step
+def _finish(lane: _Lane, ended: str) -> None:
+    assert lane.found is not None and lane.following is not None  # every run was looked at before the first step
     lane.trainer.peak_bytes = peak_memory()
     lane.outcome = finish(lane.trainer, lane.found, ended)
     lane.ended = ended
-    conclude(lane.trainer, lane.outcome, lane.tracking, console)
+    lane.following.end(ended, artifacts(lane.outcome.summary))
 
 
 def _load(settings: RunSettings, tell: partial[None]) -> LoadedModel:

@@ -100,7 +100,7 @@ def prepare(
     torch.manual_seed(settings.train.seed)
     source = read_adapter(adapter) if adapter is not None else parent
     if source is not None:
-        planned = _stored(base.model, source, lora, name, continues=parent is not None)
+        planned = _stored(base.model, objective.continued(source, base.model), lora, name, continues=parent is not None)
     else:
         planned = _fresh(settings, base, rows, lora, name, tell)
     activate(base.model, name)

@@ -165,13 +165,17 @@ class RunSettings(Settings):
         if self.objective.kind != "sft" and self.lora.lora_dropout:
             raise ValueError(
                 f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
-                "was: different parts of the two would be missing; leave it out, or set it to 0 where an adapter that has it is "
-                "continued"
+                "was: different parts of the two would be missing; set it to 0"
             )
-        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
+        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ and self.adapter is None:
             raise ValueError(
                 f"objective {self.objective.kind!r} is measured against the base without the adapter, which with init 'loftq' is "
                 "not the model that training begins with; use another init"
+            )
+        if self.objective.kind == "kto" and self.train.shard != "none":
+            raise ValueError(
+                f"objective 'kto' makes passes of its own before a step, which train.shard {self.train.shard!r} is not made for; "
+                "leave train.shard out: each process then holds the base"
             )
         if self.objective.kind == "reward" and self.train.full:
             raise ValueError(
@@ -181,6 +185,11 @@ class RunSettings(Settings):
             raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
         if self.train.full and self.quantize != "none":
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
+        if self.objective.kind != "sft" and self.train.shard != "none":
+            raise ValueError(
+                f"train.shard goes with objective 'sft' only: with '{self.objective.kind}' the processes make unlike numbers of "
+                "passes, and each pass borrows weights from all of them; leave train.shard out"
+            )
         if self.train.full and self.train.shard != "none":
             raise ValueError("train.full keeps a trained copy of every weight in each process; train.shard would save nothing")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from luthier.core.config import LoraConfig
+from luthier.formats.folder import AdapterFolder
 from luthier.train.world import World
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Objective(ABC):
     def made_ready(cls, model: "PreTrainedModel", lora: LoraConfig, seed: int) -> LoraConfig:
         """Put into a base what the objective needs there, before adapters; return the configuration of the adapter with it."""
         return lora
+
+    @classmethod
+    def continued(cls, folder: AdapterFolder, model: "PreTrainedModel") -> AdapterFolder:
+        """Return a stored adapter that is to be trained on, with what the objective needs of it and it may lack."""
+        return folder
 
     @abstractmethod
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
