@@ -220,12 +220,7 @@ def test_the_reference_is_a_frozen_copy_of_the_parent(run_settings: Make, parent
     assert prepare(continuing(run_settings, parent)).frozen is None
 
 
-def test_an_adapter_without_a_score_head_does_not_become_a_reward_model(
-    run_settings: Make, parent: Path, preferences: dict[str, str]
-) -> None:
-    settings = continuing(run_settings, parent, objective={"kind": "reward"}, data=preferences, out="second")
-    with pytest.raises(ConfigError, match=r"this objective trains score too, which the adapter .* does not have"):
-        train(settings)
+def test_a_reward_model_goes_on_with_its_head(run_settings: Make, preferences: dict[str, str]) -> None:
     fresh = train(run_settings(objective={"kind": "reward"}, data=preferences, out="reward", **SHORT))
     again = train(continuing(run_settings, fresh.adapter, objective={"kind": "reward"}, data=preferences, out="third", **SHORT))
     before, after = (load_file(folder / TENSOR_FILE) for folder in (fresh.adapter, again.adapter))
