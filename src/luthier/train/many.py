@@ -25,11 +25,12 @@ from luthier.models.load import LoadedModel, load_model
 from luthier.ops.compiler import use_compiler
 from luthier.train.display import Display, make_bar, many_report, preflight_report
 from luthier.train.launching import process_of
-from luthier.train.loop import Both, Trainer
+from luthier.train.loop import Trainer
 from luthier.train.memory import peak_memory
 from luthier.train.objectives import objective_class
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
+from luthier.train.records import Both
 from luthier.train.run import Outcome, artifacts, finish, graceful_stop, tell_trackers
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder, random_state, restore_random_state
 from luthier.train.settings import RunSettings

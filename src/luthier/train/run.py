@@ -18,12 +18,14 @@ from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
 from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError
 from luthier.data.preview import preview
+from luthier.train.aftermath import aftermath
 from luthier.train.display import Display, preflight_report, summary_report
-from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
+from luthier.train.loop import Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
 from luthier.train.processes import joined
+from luthier.train.records import Both
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
 from luthier.train.tracking.base import check_trackers
@@ -135,13 +137,19 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
     """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
     if ended == "interrupted":
         return Outcome(trainer.prepared, found, _summary(trainer, ended))
+    return Outcome(trainer.prepared, found, conclude(trainer, ended))
+
+
+def conclude(trainer: Trainer, ended: str) -> dict[str, Any]:
+    """Put the best adapter into the model and the folder, write the summary of the run that has ended, and return it."""
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
+    summary["report"] = aftermath(trainer) if trainer.settings.report else None
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    return Outcome(trainer.prepared, found, summary)
+    return summary
 
 
 def artifacts(summary: dict[str, Any]) -> list[Path]:
@@ -187,6 +195,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
     progress, folder, prepared = trainer.progress, trainer.folder, trainer.prepared
     records = folder.read_log()
     losses = [record["loss"] for record in records if "loss" in record]
+    rewards = [record["reward"] for record in records if "reward" in record]
     plot, note = str(folder.plot), ""
     try:
         plot_losses(records, folder.plot, f"{prepared.base.spec}, {prepared.settings.data.path}")
@@ -207,6 +216,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "tokens_per_s": progress.tokens / step_seconds if step_seconds else 0.0,
         "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "loss": smoothed(losses)[-1] if losses else None,
+        "reward": smoothed(rewards)[-1] if rewards else None,
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "peak_bytes": trainer.peak_bytes,

@@ -13,7 +13,8 @@ from luthier.train.tracking.base import Record, RunFacts, Status, flattened
 from luthier.train.tracking.channel import Channel, Report
 
 if TYPE_CHECKING:
-    from luthier.train.loop import EvalRecord, StepRecord, Trainer
+    from luthier.train.loop import Trainer
+    from luthier.train.records import EvalRecord, StepRecord
 
 STATUS: dict[str, Status] = {"failed": "failed", "interrupted": "interrupted"}
 """How a run ended -> the word for it in trackers; every other end is "finished"."""
@@ -63,7 +64,7 @@ class Following:
     def _send(self, record: "StepRecord | EvalRecord") -> None:
         if not self.channels:
             return
-        from luthier.train.loop import log_line
+        from luthier.train.records import log_line
 
         line = log_line(record)
         step = line.pop("step")
