@@ -17,6 +17,7 @@ from tests.unit.train.test_resume import LIVELY, crashed_run, outcome
 from luthier.adapt.attaching import attach
 from luthier.adapt.merging import merge
 from luthier.adapt.state import adapter_parameters, roster_of
+from luthier.compose import truncate
 from luthier.core.config import LoraConfig
 from luthier.core.errors import BaseMismatchError, CheckpointError, ConfigError
 from luthier.engine.score import held_out_loss
@@ -110,6 +111,8 @@ def test_what_is_no_adapter_is_refused(run_settings: Make, parent: Path, tmp_pat
     ended = train(RunSettings(**settings))
     with pytest.raises(ConfigError, match="AdaLoRA adapter, whose ranks were given out"):
         continuing(run_settings, ended.adapter)
+    truncate(ended.adapter, tmp_path / "plain", energy=1)  # as the message says
+    assert train(continuing(run_settings, tmp_path / "plain", out="on", **SHORT)).summary["ended"] == "finished"
 
 
 def test_another_base_is_refused(run_settings: Make, parent: Path, tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
