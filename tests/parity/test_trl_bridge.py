@@ -304,7 +304,7 @@ def test_an_adapter_that_is_there_is_taken_and_a_reference_made_anew(base: Path)
     inner = model_of(base)
     attach(inner, LoraConfig(r=3, init_lora_weights=False))
     model = for_trl(inner)
-    assert isinstance(model, PeftModel) and model.active_adapters == ["default"]
+    assert isinstance(model, PeftModel) and isinstance(model, TrlModel) and model.active_adapters == ["default"]
     model.add_adapter("ref", model.peft_config["default"])
     with torch.no_grad():
         for item in adapter_parameters(inner):

@@ -13,6 +13,8 @@ __getattr__, __all__ = lazy_names(
         "read_settings": "luthier.train.settings",
         "dry_run": "luthier.train.run",
         "resume": "luthier.train.run",
+        "resume_many": "luthier.train.many",
         "train": "luthier.train.run",
+        "train_many": "luthier.train.many",
     },
 )

@@ -17,7 +17,7 @@ FREE = ("lora_dropout", "task_type", "base_model_name_or_path", "revision")
 """Settings of an adapter that its continuation may change."""
 ADALORA = (
     "{path} is an AdaLoRA adapter, whose ranks were given out when its training ended, and there is no going on from there. "
-    "Make a plain LoRA of it first, which can be continued: luthier truncate {path} OUT --energy 1"
+    "Make a plain LoRA of it first, which can be continued: luthier truncate {path} --out FOLDER --energy 1"
 )
 
 

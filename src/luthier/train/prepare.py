@@ -150,11 +150,6 @@ def _fresh(
 def _stored(model: nn.Module, folder: AdapterFolder, lora: LoraConfig, name: str, *, continues: bool) -> AttachPlan:
     """Attach a stored adapter to be trained: one of the run's own, or one that it `continues`; `lora` is that of its settings."""
     if continues:
-        if heads := sorted(set(lora.modules_to_save or ()) - set(folder.config.modules_to_save or ())):
-            raise ConfigError(
-                f"this objective trains {', '.join(heads)} too, which the adapter {folder.path} does not have; begin with a "
-                "fresh adapter"
-            )
         free = {key: getattr(lora, key) for key in FREE}
         return load_adapter(model, replace(folder, config=folder.config.changed(**free)), name, trainable=True).plan
     load_adapter(model, folder, name, trainable=True)

@@ -5,7 +5,7 @@
 
 transformers and TRL ask whether a model is a `PeftModel`: only then do they write checkpoints of the adapter alone, read those
 back, train over a base in 4 bits, and take the reference of DPO and GRPO from the model itself instead of loading a second one.
-So `TrlModel` is one, over layers that PEFT knows nothing of. Nothing of TRL is replaced.
+So `TrlModel` is joined with it to one, over layers that PEFT knows nothing of. Nothing of TRL is replaced.
 
 Not here: the trainers and their losses, which are TRL's. luthier's own loop (loop.py) needs none of this.
 """
@@ -16,6 +16,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,6 @@ from luthier.layers.base import AdaptedModule
 from luthier.models.load import LoadedModel
 from luthier.train.parent import adapter_folder
 
-try:
-    import peft
-    import trl
-except ImportError as error:
-    raise MissingExtraError(error.name or "trl", "trl", "the bridge to TRL's trainers") from error
-
 log = logging.getLogger(__name__)
 
 ADAPTER = "default"
@@ -76,8 +72,9 @@ def for_trl(model: nn.Module | LoadedModel, config: LoraConfig | None = None, *,
     The telemetry of TRL is switched off for the whole process. Versions of TRL other than the tested one are told or refused.
     Raises: ConfigError, TargetError (an adapter on the output layer), and what `attach` and `load_adapter` raise.
     """
-    check_version(trl.__version__)
+    check_version(installed_trl())
     switch_telemetry_off()
+    joined = joined_with_peft()
     base = model.model if isinstance(model, LoadedModel) else model
     if config is not None and adapter is not None:
         raise ConfigError("give either the config of a fresh adapter, or the folder of one to continue")
@@ -88,11 +85,29 @@ def for_trl(model: nn.Module | LoadedModel, config: LoraConfig | None = None, *,
     elif adapter is not None:
         load_adapter(base, adapter_folder(adapter), ADAPTER, trainable=True)
     try:
-        return TrlModel(base)
+        return joined(base)
     except (ConfigError, AdapterStateError):
         if config is not None or adapter is not None:
             detach(base, ADAPTER)
         raise
+
+
+def installed_trl() -> str:
+    """Return the version of TRL that is installed. Raises: MissingExtraError."""
+    try:
+        return version("trl")
+    except PackageNotFoundError as error:
+        raise MissingExtraError("trl", "trl", "the bridge to TRL's trainers") from error
+
+
+@cache
+def joined_with_peft() -> "type[TrlModel]":
+    """Return the class that is a `TrlModel` and a `PeftModel`, whose methods it overrides. Raises: MissingExtraError."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("peft", "trl", "the bridge to TRL's trainers") from error
+    return type("TrlPeftModel", (TrlModel, peft.PeftModel), {"__doc__": TrlModel.__doc__})
 
 
 def check_version(found: str) -> None:
@@ -137,20 +152,22 @@ class _Carrier(nn.Module):
             return getattr(self.model, name)
 
 
-class TrlModel(peft.PeftModel):
-    """A model with our adapters in its layers that answers as a PeftModel does. Made by `for_trl`."""
+class TrlModel(nn.Module):
+    """A model with our adapters in its layers, and its answers to all that a PeftModel is asked. Made by `for_trl`."""
 
     prefix = "lora_"
 
     def __init__(self, model: nn.Module):
         nn.Module.__init__(self)  # PEFT's own would put its layers into the model
+        from peft import PeftType
+
         roster = roster_of(model)
         roster.check(ADAPTER)
         if isinstance(roster.configs[ADAPTER], AdaLoraConfig):
             raise ConfigError(ADALORA)
         _check_head(model, ADAPTER)
         self.base_model = _Carrier(model)
-        self.peft_type = peft.PeftType.LORA
+        self.peft_type = PeftType.LORA
         self.special_peft_forward_args: set[str] = set()
         self._is_prompt_learning = False
         self._base_fingerprint = fingerprint_of(model)
@@ -247,6 +264,8 @@ class TrlModel(peft.PeftModel):
 
 def as_peft(config: LoraConfig) -> Any:
     """Return a configuration as PEFT's own."""
+    import peft
+
     known = peft.LoraConfig.__dataclass_fields__
     values = {key: value for key, value in json.loads(dump_config(config)).items() if key in known}
     kept = {key: value for key, value in values.items() if key not in ("peft_type", "peft_version", "auto_mapping")}
@@ -270,7 +289,7 @@ def _write(wrapper: TrlModel, folder: Path, name: str) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".luthier-", dir=folder) as temporary:
-        recipe = {"trainer": f"trl {trl.__version__}"}
+        recipe = {"trainer": f"trl {installed_trl()}"}
         written = save_adapter(model, Path(temporary, "adapter"), name, recipe=recipe, base=wrapper._base_fingerprint)
         started = pairs_with_start(model, name)
         state = {f"{path}:{key}": value for path, pair in started.items() for key, value in pair.state_dict().items()}

@@ -1,5 +1,6 @@
 """Every command: what it does, its JSON alone on stdout, and its words for people."""
 
+import hashlib
 import io
 import json
 import math
@@ -69,6 +70,60 @@ def test_train_talks_without_json(luthier: Luthier, tiny_folder: Path, rows_file
     for words in ("before the first step", "«REFRET<|im_end|>»", "summary", "finished after 2 of 2 steps", "here/adapter"):
         assert words in said.out
     assert "\x1b" not in said.out
+
+
+def test_train_goes_on_from_an_adapter(
+    luthier: Luthier, trained: Path, tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    words = (
+        "train",
+        "-m",
+        tiny_folder,
+        "-d",
+        rows_file,
+        "--from",
+        trained,
+        "--max-steps",
+        "2",
+        "-s",
+        "dtype=float32",
+        "-o",
+        "on",
+    )
+    refused = luthier(*words, "--r", "31")
+    assert refused.status == 2
+    assert "lora.r is 31, and the adapter's is" in refused.err
+    said = luthier(*words, "--json")
+    assert said.status == 0, said.err
+    recipe = json.loads((tmp_path / "on/adapter/luthier.json").read_text())["recipe"]
+    raw = (trained / "adapter/adapter_model.safetensors").read_bytes()
+    assert recipe["continued"]["parent"]["files"]["adapter_model.safetensors"] == hashlib.sha256(raw).hexdigest()
+
+
+def test_train_takes_several_files_over_one_base(luthier: Luthier, tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    shared = f'model = "{tiny_folder}"\n[data]\npath = "{rows_file}"\n[train]\nmax_steps = 2\nbatch_rows = 2\n'
+    (tmp_path / "a.toml").write_text(shared + "[lora]\nr = 2\n")
+    (tmp_path / "b.toml").write_text(f'out = "b"\n{shared}[lora]\nr = 3\n')
+    words = ("train", "-c", "a.toml", "-c", "b.toml", "-c", "a.toml", "-s", "dtype=float32")
+    for more, told in (
+        (["--out", "x"], "--out is one folder, and these are several runs"),
+        (["--register", "orders"], "--register is for one run, and several are named"),
+        (["--nproc", "2"], "--nproc is for one run"),
+    ):
+        refused = luthier(*words, *more)
+        assert refused.status == 2 and told in refused.err
+    said = luthier(*words, "--json")
+    assert said.status == 0, said.err
+    found = json.loads(said.out)["runs"]
+    stem = rows_file.stem
+    assert [run["run"] for run in found] == [f"runs/{stem}-1", "b", f"runs/{stem}-2"]
+    assert all((run["ended"], run["steps"]) == ("finished", 2) for run in found)
+    ranks = [json.loads((tmp_path / run["adapter"] / "adapter_config.json").read_text())["r"] for run in found]
+    assert ranks == [2, 3, 2]
+    again = luthier("train", "--resume", "b", "--resume", f"runs/{stem}-1")
+    assert again.status == 1 and "all of these runs are finished" in again.err
+    more = luthier("train", "--resume", "b", "--resume", f"runs/{stem}-1", "--lr", "1e-3")
+    assert more.status == 2 and "also given: train.learning_rate" in more.err
 
 
 def test_a_dry_run_prints_settings_and_preflight_and_writes_nothing(

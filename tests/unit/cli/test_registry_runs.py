@@ -56,6 +56,15 @@ def test_train_register_asks_nothing_and_records_everything(luthier: Run, tiny_f
     assert luthier("registry", "doctor").status == 0
 
 
+def test_a_continued_run_is_registered_with_its_parent(luthier: Run, tiny_folder: Path, rows_file: Path) -> None:
+    assert luthier(*words(tiny_folder, rows_file), "--register", "orders").status == 0
+    more = ["-s", "train.compile=off", "--max-steps", 1, "--dtype", "float32", "--out", "second"]
+    said = luthier("train", "-m", tiny_folder, "-d", rows_file, "--from", "run", *more, "--register", "orders")
+    assert said.status == 0, said.err
+    parents = shown(luthier, "orders:2")["parents"]
+    assert [(parent["name"], parent["relation"]) for parent in parents] == [("orders:1", "continued")]
+
+
 def test_what_would_keep_an_adapter_from_being_registered_is_said_before_the_training(
     luthier: Run, tiny_folder: Path, rows_file: Path
 ) -> None:

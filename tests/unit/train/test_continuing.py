@@ -17,6 +17,7 @@ from tests.unit.train.test_resume import LIVELY, crashed_run, outcome
 from luthier.adapt.attaching import attach
 from luthier.adapt.merging import merge
 from luthier.adapt.state import adapter_parameters, roster_of
+from luthier.compose import truncate
 from luthier.core.config import LoraConfig
 from luthier.core.errors import BaseMismatchError, CheckpointError, ConfigError
 from luthier.engine.score import held_out_loss
@@ -110,6 +111,8 @@ def test_what_is_no_adapter_is_refused(run_settings: Make, parent: Path, tmp_pat
     ended = train(RunSettings(**settings))
     with pytest.raises(ConfigError, match="AdaLoRA adapter, whose ranks were given out"):
         continuing(run_settings, ended.adapter)
+    truncate(ended.adapter, tmp_path / "plain", energy=1)  # as the message says
+    assert train(continuing(run_settings, tmp_path / "plain", out="on", **SHORT)).summary["ended"] == "finished"
 
 
 def test_another_base_is_refused(run_settings: Make, parent: Path, tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -220,12 +223,7 @@ def test_the_reference_is_a_frozen_copy_of_the_parent(run_settings: Make, parent
     assert prepare(continuing(run_settings, parent)).frozen is None
 
 
-def test_an_adapter_without_a_score_head_does_not_become_a_reward_model(
-    run_settings: Make, parent: Path, preferences: dict[str, str]
-) -> None:
-    settings = continuing(run_settings, parent, objective={"kind": "reward"}, data=preferences, out="second")
-    with pytest.raises(ConfigError, match=r"this objective trains score too, which the adapter .* does not have"):
-        train(settings)
+def test_a_reward_model_goes_on_with_its_head(run_settings: Make, preferences: dict[str, str]) -> None:
     fresh = train(run_settings(objective={"kind": "reward"}, data=preferences, out="reward", **SHORT))
     again = train(continuing(run_settings, fresh.adapter, objective={"kind": "reward"}, data=preferences, out="third", **SHORT))
     before, after = (load_file(folder / TENSOR_FILE) for folder in (fresh.adapter, again.adapter))

@@ -158,12 +158,18 @@ def test_objectives_go_side_by_side_where_they_leave_the_base_alone(run_settings
     write(tmp_path / "pairs.jsonl", pairs(10))
     preferences = {"path": str(tmp_path / "pairs.jsonl"), "eval_path": None, "eval_fraction": 0.3}
 
-    def both(place: str) -> list[RunSettings]:
-        liked = {"objective": {"kind": "dpo"}, "data": preferences, "lora": {"r": 4}}
-        return [run_settings(out=f"{place}/liked", **liked), run_settings(out=f"{place}/wide", **RUNS["wide"])]
+    (tmp_path / "reward.py").write_text("def score(prompt, completion, row):\n    return len(set(completion)) / 4 - 1\n")
+    rewards = [{"function": f"{tmp_path / 'reward.py'}:score"}]
 
-    train_many(both("many"))
-    for settings in both("alone"):
+    def each(place: str) -> list[RunSettings]:
+        sampling = {"kind": "grpo", "num_generations": 3, "max_new_tokens": 5, "beta": 0.1, "rewards": rewards}
+        paid = {"objective": sampling, "lora": {"r": 2}, "train": {"batch_rows": 4, "max_steps": 3, "eval_every": 2}}
+        liked = {"objective": {"kind": "dpo"}, "data": preferences, "lora": {"r": 4}}
+        runs = {"paid": paid, "liked": liked, "wide": RUNS["wide"]}
+        return [run_settings(out=f"{place}/{name}", **run) for name, run in runs.items()]
+
+    train_many(each("many"))
+    for settings in each("alone"):
         train(settings)
         assert outcome(Path(settings.out)) == outcome(tmp_path / "many" / Path(settings.out).name)
     scored = run_settings(out="scored", objective={"kind": "reward"}, data=preferences)

@@ -64,7 +64,7 @@ def outcome(folder: Path) -> dict[str, object]:
     log = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
     return {
         "adapter": {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()},
-        "log": [{key: value for key, value in record.items() if key != "seconds"} for record in log],
+        "log": [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in log],
         "checkpoints": {
             path.name: ((path / "optimizer.safetensors").read_bytes(), (path / "adapter/adapter_model.safetensors").read_bytes())
             for path in checkpoints
