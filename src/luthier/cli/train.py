@@ -35,7 +35,7 @@ def train(
     ),
     dry_run: bool = typer.Option(False, help="Show what would be trained, with a sample of the labels, and stop."),
     method: list[str] = typer.Option([], help="Method, as in `luthier methods`; repeat it to combine. Default: lora."),
-    objective: str | None = typer.Option(None, help="What is minimised: sft (the answers' likelihood), the default."),
+    objective: str | None = typer.Option(None, help="What is minimised: sft (the default), dpo, kto or reward."),
     init: str | None = typer.Option(None, help="How pairs begin, as in `luthier methods`. Default: kaiming."),
     r: int | None = typer.Option(None, "--r", help="Rank. Default 16."),
     lora_alpha: float | None = typer.Option(None, help="Numerator of the scaling. Default: twice the rank."),
