@@ -173,7 +173,7 @@ def silence_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
 def _grouped(rows: Sequence[EncodedRow], width: int) -> list[list[EncodedRow]]:
