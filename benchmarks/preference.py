@@ -66,13 +66,13 @@ def main() -> None:
 
 def wrong_answer(row: dict[str, Any], rows: Sequence[dict[str, Any]], dice: random.Random) -> tuple[str, str]:
     """Return an answer that a weak model could well give, and what is wrong with it."""
-    intents = sorted({other["intent"] for other in rows})
+    intents = sorted({other["intent"] for other in rows} - {row["intent"]})
     slots = dict(row["slots"])
-    kinds = ["intent", "invalid"] + (["slot missing", "value", "slot name"] if slots else [])
+    kinds = ["invalid"] + ["intent"] * bool(intents) + (["slot missing", "value", "slot name"] if slots else [])
     kind = dice.choice(kinds)
     intent = row["intent"]
     if kind == "intent":
-        intent = dice.choice([other for other in intents if other != intent])
+        intent = dice.choice(intents)
     elif kind == "slot missing":
         del slots[dice.choice(sorted(slots))]
     elif kind == "value":
