@@ -30,6 +30,7 @@ class Reward(PreferenceObjective):
     """How surely the scores prefer the chosen answers, a mean over pairs; by at least the pair's margin where it has one."""
 
     needs_reference = False
+    changes_base = True
 
     def __init__(self, prepared: "Prepared"):
         super().__init__(prepared)
