@@ -66,13 +66,13 @@ def main() -> None:
 
 def wrong_answer(row: dict[str, Any], rows: Sequence[dict[str, Any]], dice: random.Random) -> tuple[str, str]:
     """Return an answer that a weak model could well give, and what is wrong with it."""
-    intents = sorted({other["intent"] for other in rows})
+    intents = sorted({other["intent"] for other in rows} - {row["intent"]})
     slots = dict(row["slots"])
-    kinds = ["intent", "invalid"] + (["slot missing", "value", "slot name"] if slots else [])
+    kinds = ["invalid"] + ["intent"] * bool(intents) + (["slot missing", "value", "slot name"] if slots else [])
     kind = dice.choice(kinds)
     intent = row["intent"]
     if kind == "intent":
-        intent = dice.choice([other for other in intents if other != intent])
+        intent = dice.choice(intents)
     elif kind == "slot missing":
         del slots[dice.choice(sorted(slots))]
     elif kind == "value":
@@ -308,11 +308,15 @@ def speed(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {turn + 1}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
     tokens = results["luthier_dpo"][0]["tokens"]
-    seconds = {name: statistics.median(value for run in runs for value in run["seconds"]) for name, runs in results.items()}
+    seconds, cpu_seconds = (
+        {name: statistics.median(value for run in runs for value in run[key]) for name, runs in results.items()}
+        for key in ("seconds", "cpu_seconds")
+    )
     peak = {name: max(run["peak_bytes"] for run in runs) for name, runs in results.items()}
     return {
         "tokens_of_a_step": tokens,
         "tokens_per_s": {name: tokens / value for name, value in seconds.items()},
+        "cpu_seconds_per_step": cpu_seconds,
         "peak_gib": {name: value / 2**30 for name, value in peak.items()},
         "first_loss": {name: runs[0]["loss"] for name, runs in results.items()},
         "dpo_vs_trl": seconds["trl_dpo"] / seconds["luthier_dpo"],
@@ -342,9 +346,8 @@ def luthier_worker(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
         rows, objective = [{"messages": each} for each in turns], {"kind": "sft"}
     else:
         rows, objective = pairs, {"kind": "dpo", "beta": arguments.beta}
-    steps = arguments.timed_steps + 1
+    steps, cpu_seconds = arguments.timed_steps + 2, []  # one to warm up, and a last one, which writes a checkpoint
     with tempfile.TemporaryDirectory() as scratch:
-        # One epoch is one step; as many copies of the rows as there are steps would be told apart by the reference's memory.
         settings = RunSettings(
             model=arguments.model,
             out=str(Path(scratch, "run")),
@@ -355,14 +358,17 @@ def luthier_worker(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
         )
         trainer = Trainer(prepare(settings), RunFolder.create(settings))
         with trainer.running():
-            for _ in range(steps):
+            for _ in range(steps):  # an epoch each
+                began = time.process_time()
                 if kind == "dpo":
                     trainer.objective.known.fill_(float("nan"))  # type: ignore[attr-defined]  # each step asks the reference
                 trainer.advance()
+                cpu_seconds.append(time.process_time() - began)
             peak = peak_memory()
         records = [record for record in trainer.folder.read_log() if "seconds" in record]
         return {
-            "seconds": [record["seconds"] for record in records[1:]],
+            "seconds": [record["seconds"] for record in records[1:-1]],
+            "cpu_seconds": cpu_seconds[1:-1],
             "peak_bytes": peak,
             "tokens": records[0]["tokens"],
             "loss": records[0]["loss"],
@@ -386,15 +392,17 @@ def trl_worker(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     folder, steps = pull(arguments.model), arguments.timed_steps + 1
     seconds: list[float] = []
+    cpu_seconds: list[float] = []
 
     class Clock(TrainerCallback):
-        began = 0.0
+        began = cpu_began = 0.0
 
         def on_step_begin(self, *given: Any, **named: Any) -> None:
-            self.began = time.perf_counter()
+            self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *given: Any, **named: Any) -> None:
             seconds.append(time.perf_counter() - self.began)
+            cpu_seconds.append(time.process_time() - self.cpu_began)
 
     with tempfile.TemporaryDirectory() as scratch:
         config = DPOConfig(
@@ -424,7 +432,7 @@ def trl_worker(arguments: argparse.Namespace) -> dict[str, Any]:
         reset_peak_memory()
         trainer.train()
         losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-        return {"seconds": seconds[1:], "peak_bytes": peak_memory(), "loss": losses[0]}
+        return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_bytes": peak_memory(), "loss": losses[0]}
 
 
 WORKERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

@@ -52,6 +52,20 @@ def test_snips_runs_tiny(root: Path, folder: Path) -> None:
     assert result["base"]["n"] == result["adapter"]["n"] == 4
 
 
+def test_preference_runs_tiny(root: Path, folder: Path) -> None:
+    chats = [{"prompt": f"Who is {n % 5}?", "chosen": f"It is {n}.", "rejected": f"No idea, {n}."} for n in range(12)]
+    (folder / "preference_vicuna.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    size = ("--sft-steps", "2", "--steps", "2", "--pairs", "8", "--held-out", "6", "--limit", "4")
+    timed = ("--timed-steps", "1", "--rounds", "1", "--step-pairs", "3")
+    result = result_of(root, folder, "preference.py", "--out", "run", *size, *timed)
+    assert result["snips"]["preference_accuracy"]["n"] == 6 and result["snips"]["exact"]["n"] == 4
+    assert result["vicuna"]["held_out_prompts"] == 1 and result["vicuna"]["steps"] == 1
+    losses = result["speed"]["first_loss"]
+    assert losses["luthier_dpo"] == pytest.approx(losses["trl_dpo"], abs=1e-5) == pytest.approx(0.6931472, abs=1e-5)
+    pairs = [json.loads(line) for line in (folder / "run" / "pairs.jsonl").open()]
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
 def test_weight_forms_runs_tiny(root: Path, folder: Path) -> None:
     size = ("--rounds", "1", "--tokens", "3", "--long", "20", "--texts", "1", "--dtype", "float32")
     result = result_of(root, folder, "weight_forms.py", *size)

@@ -16,7 +16,9 @@ _HOMES = {
     "EncodedSet": "luthier.data.encode",
     "Example": "luthier.data.messages",
     "LabelCoverage": "luthier.data.coverage",
+    "Marked": "luthier.data.preferences",
     "Message": "luthier.data.messages",
+    "Pair": "luthier.data.preferences",
     "RowFormat": "luthier.data.formats",
     "RowSet": "luthier.data.read",
     "PackedBatch": "luthier.data.batches",
@@ -30,6 +32,8 @@ _HOMES = {
     "split_rows": "luthier.data.batches",
     "stream_rows": "luthier.data.read",
     "to_examples": "luthier.data.messages",
+    "to_marked": "luthier.data.preferences",
+    "to_pairs": "luthier.data.preferences",
 }
 
 __getattr__, __all__ = lazy_names(__name__, _HOMES)

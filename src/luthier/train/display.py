@@ -130,6 +130,8 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
     if summary["best_eval_loss"] is not None:
         best = f"reward {-summary['best_eval_loss']:.4f}" if is_rewarded else f"{summary['best_eval_loss']:.4f}"
         table.add_row("held out", f"{best} at step {summary['best_step']}, the one that was kept")
+    if summary["held_out"]:
+        table.add_row("", ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in summary["held_out"].items()))
     table.add_row("memory", f"{gib(summary['peak_bytes'])} at most")
     size = f"{summary['adapter_bytes'] / 1e6:.1f} MB; the base is {summary['base_bytes'] / 1e6:,.0f} MB"
     table.add_row("adapter", Text(f"{summary['adapter']} ({size})"))

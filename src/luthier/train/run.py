@@ -204,8 +204,6 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
     adapter_file = folder.adapter / "adapter_model.safetensors"
     step_seconds = sum(record["seconds"] for record in records if "seconds" in record)
     data = prepared.settings.data
-    judge = f"luthier eval {folder.path}" + (f" --data {data.eval_path}" if data.eval_path else " --data <held-out rows>")
-    ask = f"luthier generate --model {prepared.base.spec} --adapter {folder.adapter}"
     return {
         "ended": ended,
         "steps": progress.step,
@@ -219,6 +217,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "reward": smoothed(rewards)[-1] if rewards else None,
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
+        "held_out": _held_out(records, progress.best_step or 0),
         "peak_bytes": trainer.peak_bytes,
         "processes": trainer.world.size,
         "run": str(folder.path),
@@ -231,8 +230,30 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "data": {role: _place(path) for role, path in (("train", data.path), ("eval", data.eval_path)) if path is not None},
         "ranks": _ranks(trainer),
         "tracking": [],
-        "next": [f"luthier train --resume {folder.path}"] if ended == "interrupted" else [judge, ask],
+        "next": _next(trainer, ended),
     }
+
+
+def _next(trainer: Trainer, ended: str) -> list[str]:
+    """Return the commands that follow a run."""
+    settings, folder = trainer.prepared.settings, trainer.folder
+    if ended == "interrupted":
+        return [f"luthier train --resume {folder.path}"]
+    if settings.objective.kind == "reward":
+        return []  # it gives scores (luthier.engine.RewardModel), no answers
+    # Preferences are held out as they are trained on; the questions of `eval` need rows with one right answer.
+    rows = settings.data.eval_path if settings.objective.kind == "sft" else None
+    return [
+        f"luthier eval {folder.path} --data {rows or '<held-out rows>'}",
+        f"luthier generate --model {trainer.prepared.base.spec} --adapter {folder.adapter}",
+    ]
+
+
+def _held_out(records: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Return the further figures of the evaluation at `step`."""
+    own = {"step", "eval_loss", "is_best"}
+    found = [record for record in records if "eval_loss" in record and record["step"] == step]
+    return {name: value for record in found[-1:] for name, value in record.items() if name not in own}
 
 
 def _place(source: str) -> str:

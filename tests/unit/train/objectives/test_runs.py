@@ -235,3 +235,13 @@ def test_the_recipe_of_a_reward_model(settings_of: Make) -> None:
     assert folder.config.task_type == "SEQ_CLS" and folder.config.modules_to_save == ["score"]
     assert "base_model.model.score.weight" in folder.tensors
     assert not any("score" in name for name in folder.config.target_modules)
+
+
+def test_the_summary_tells_the_kept_step_and_what_can_follow(settings_of: Make) -> None:
+    outcome = train(settings_of({"kind": "dpo"}, train={"max_steps": 4, "eval_every": 2}))
+    kept = [record for record in log_of(outcome) if record.get("is_best")][-1]
+    assert outcome.summary["held_out"]["eval_rewards/accuracy"] == kept["eval_rewards/accuracy"]
+    assert [command.split()[1] for command in outcome.summary["next"]] == ["eval", "generate"]
+    assert "pairs.jsonl" not in outcome.summary["next"][0], "eval does not read pairs"
+    scorer = train(settings_of({"kind": "reward"}, out="scorer", train={"max_steps": 1}))
+    assert scorer.summary["next"] == []
