@@ -1,12 +1,12 @@
 """What does a checkable reward teach, and at what price? GRPO on SNIPS requests, answers judged as JSON; beside TRL and PEFT.
 
-learn    a weak adapter (a few steps of supervised fine-tuning) goes on with GRPO. The reward is checked, not learnt: a quarter each
-         for a JSON object with exactly the keys intent and slots, for the right intent, for the right names of slots, and for all
-         of it. Held-out test rows are answered greedily before and after, and the difference is tested pair by pair (signs of the
-         differences flipped at random). The curve is in --out as PNG and JSON.
-speed    steps of GRPO from the same weak adapter, luthier's and TRL's GRPOTrainer with PEFT, with the same prompts to a step, answers
-         to a prompt, room for an answer, rank and reward: each in a process of its own, taking turns. Seconds a step, answer tokens a
-         second (answers differ in length, since they are sampled), and peak memory.
+learn    a weak adapter (a few steps of supervised fine-tuning) goes on with GRPO. The reward is checked, not learnt: a quarter
+         each for a JSON object with exactly the keys intent and slots, for the right intent, for the right names of slots, and
+         for all of it. Held-out test rows are answered greedily before and after, and the difference is tested pair by pair
+         (signs of the differences flipped at random). The curve is in --out as PNG and JSON.
+speed    steps of GRPO from the same weak adapter, luthier's (answers by the engine, and by the model) and TRL's GRPOTrainer with
+         PEFT: the same prompts to a step, answers to a prompt, room for an answer, rank and reward; each in a process of its
+         own, taking turns. Seconds a step, answer tokens a second (answers are sampled, so lengths differ), and peak memory.
 
 Data from ../shared/data (SNIPS is CC0; not part of this project). The last line on stdout is one JSON document, in --out too.
 `--sft-steps 2 --steps 2 --limit 4 --prompts 2 --group 2 --room 8 --timed-steps 1 --rounds 1` is the tiny run of the tests.
@@ -163,7 +163,7 @@ def learn(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
         "p_value": sign_flips(before, after),
         "sampled_reward": {
             "first_10_steps": statistics.mean(curve["reward"][:10]),
-            "last_10": statistics.mean(curve["reward"][-10:]),
+            "last_10_steps": statistics.mean(curve["reward"][-10:]),
         },
         "zero_variance": statistics.mean(curve["zero_variance"]),
         "steps": trainer.progress.step,
