@@ -13,6 +13,7 @@ from luthier.adapt.state import (
     adapted_modules,
     adapter_parameters,
     adapter_prefixes,
+    check_gathered,
     check_unmerged,
     check_whole,
     find_roster,
@@ -211,7 +212,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter, or all of them, out of `model`.
 
     With the last adapter gone every module has its original class, its weights are bit-identical to before, and the base's
-    `requires_grad` flags are as they were. Raises: AdapterStateError if there is none of that name, or while merged.
+    `requires_grad` flags are as they were. Raises: AdapterStateError if there is none of that name, while merged, or where the
+    base's weights are spread over processes.
     """
     roster = roster_of(model)
     if name is not None:
@@ -219,6 +221,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if roster.is_merged:
         raise AdapterStateError("adapters are merged into the weights; unmerge(model) first, so that the base comes back exactly")
     check_whole(model, roster)
+    check_gathered(model)
     _check_restorable(model)
     for gone in [name] if name is not None else list(roster.configs):
         roster.configs.pop(gone)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapt.keep import KEEPERS, Kept, MemoryKeeper
-from luthier.adapt.state import adapted_modules, check_whole, roster_of
+from luthier.adapt.state import adapted_modules, check_gathered, check_whole, roster_of
 from luthier.core.errors import AdapterFormatError, AdapterStateError, ConfigError, did_you_mean
 from luthier.core.lora import fold
 from luthier.layers.kinds import why_not_folded
@@ -90,9 +90,9 @@ def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None 
     A weight stored in 4 bits is read back and merged as a dense one, which is logged and returned (None for other bases); its
     original is kept in memory, where it is small already, or not at all.
 
-    Raises: AdapterStateError (nothing active, or a layer whose own forward is not linear in its weight), AdapterFormatError
-    (an update that is not finite), ConfigError (another word for `keep`, or a `folder` without a use), StorageError (an
-    original that cannot be set aside). The model is unchanged then.
+    Raises: AdapterStateError (nothing active, a base spread over processes, or a layer whose own forward is not linear in its
+    weight), AdapterFormatError (an update that is not finite), ConfigError (another word for `keep`, or a `folder` without a
+    use), StorageError (an original that cannot be set aside). The model is unchanged then.
     """
     if keep not in KEEPERS:
         raise ConfigError(f"keep={keep!r} is not one of {', '.join(map(repr, KEEPERS))}.{did_you_mean(str(keep), KEEPERS)}")
@@ -100,6 +100,7 @@ def merge(model: nn.Module, *, keep: Keep = "memory", folder: str | Path | None 
         raise ConfigError(f"folder has no effect with keep={keep!r}; leave it out, or use keep='disk' or keep='checkpoint'")
     roster = roster_of(model)
     check_whole(model, roster)
+    check_gathered(model)
     if roster.is_merged:
         return None
     if not roster.active:

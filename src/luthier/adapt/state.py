@@ -1,5 +1,6 @@
 """Find a model's adapters and their parameters, and the base's own parameters apart from them."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,6 +58,16 @@ def check_whole(model: nn.Module, roster: Roster) -> None:
         raise AdapterStateError(
             f"the adapters were attached to another module, which has {missing[0]!r} and {len(missing) - 1} more parameters "
             "that this one has not; call this on that module"
+        )
+
+
+def check_gathered(model: nn.Module) -> None:
+    """Raise AdapterStateError where the model's weights are spread over processes (FSDP2): nobody has them whole."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not loaded it has not sharded
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise AdapterStateError(
+            "the base's weights are spread over several processes, so adapters can be neither detached nor merged here; "
+            "save the adapter and load it on the base in one process"
         )
 
 

@@ -100,14 +100,15 @@ def train(
     for setting in settings:
         put_setting(flags, setting)
     if max(len(config), len(resume)) > 1:
-        _train_many(config, resume, flags, method, {"--register": register is not None, "--dry-run": dry_run}, console, as_json)
+        alone = {"--register": register is not None, "--dry-run": dry_run, "--nproc": nproc not in (None, 1) or size > 1}
+        _train_many(config, resume, flags, method, alone, console, as_json)
         return
     if resume:
         given = sorted(named(flags)) + ["--config"] * bool(config) + ["--dry-run"] * dry_run + ["--method"] * bool(method)
         if given:
             raise ConfigError(f"--resume takes its settings from the run; also given: {', '.join(given)}. Leave them out.")
         if size == 1 and nproc not in (None, 1):
-            carry_out_in_processes(nproc, str(resume), [])
+            carry_out_in_processes(nproc, str(resume[0]), [])
         quiet_transformers()
         from luthier.train.run import resume as carry_on
 
@@ -159,13 +160,13 @@ def _train_many(
     resumed: list[Path],
     flags: dict[str, Any],
     method: list[str],
-    others: dict[str, bool],
+    alone: dict[str, bool],
     console: "Console",
     as_json: bool,
 ) -> None:
     """Train or resume several runs over one base."""
-    if given := [name for name, is_given in others.items() if is_given]:
-        raise ConfigError(f"{' and '.join(given)} is for one run; register the adapters afterwards: luthier registry add RUN")
+    if given := [name for name, is_given in alone.items() if is_given]:
+        raise ConfigError(f"{' and '.join(given)} is for one run, and several are named; leave it out, or call luthier for each")
     if resumed and (given := sorted(named(flags)) + ["--config"] * bool(configs) + ["--method"] * bool(method)):
         raise ConfigError(f"--resume takes its settings from the runs; also given: {', '.join(given)}. Leave them out.")
     if flags["out"] is not None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from luthier.adapt.fusing import decoder_of, fusion_of
-from luthier.core.errors import AdapterStateError, ConfigError, DataError, ModelError, TrainingError
+from luthier.core.errors import AdapterStateError, ConfigError, DataError, DivergedError, ModelError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.engine.batches import batches_by_length
 from luthier.engine.modes import evaluating
@@ -238,7 +238,7 @@ def held_out_loss(
     """Return the mean loss per labelled token over all rows, with dropout off and without gradients.
 
     `progress` is called with (rows done, rows in all) after each batch. The model's modes come back as they were.
-    Raises: ConfigError, DataError (no rows, or rows without a labelled token), TrainingError if a loss is not finite.
+    Raises: ConfigError, DataError (no rows, or rows without a labelled token), DivergedError if a loss is not finite.
     """
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
@@ -251,7 +251,7 @@ def held_out_loss(
             together = [rows[index] for index in indices]
             loss, count = answer_loss(model, pack(together) if packs else collate(together, pad_id))
             if not math.isfinite(float(loss)):
-                raise TrainingError(
+                raise DivergedError(
                     f"the held-out loss is {float(loss)} for rows {sorted(rows[index].row for index in indices)}: "
                     "the weights or the adapter hold numbers that are not finite, or overflow in this dtype"
                 )

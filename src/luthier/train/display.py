@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.core.words import duration, gib
-from luthier.train.loop import EvalRecord, StepRecord
+from luthier.train.aftermath import told
 from luthier.train.memory import held_memory
 from luthier.train.preflight import Preflight
+from luthier.train.records import EvalRecord, StepRecord
 
 PLAIN_SECONDS = 10.0
 
@@ -93,6 +94,9 @@ def preflight_report(
     table.add_row("rows", Text(f"{found.rows}; {found.coverage['rows']:,} to train on, {found.held_out_rows:,} held out"))
     table.add_row("trained", Text(plan))
     table.add_row("steps", f"{found.steps:,} in {found.epochs} epoch(s), {found.tokens:,} tokens")
+    if found.processes > 1:
+        spread = ", memory is of each; the base is spread over them before the first step" if found.shard != "none" else ""
+        table.add_row("processes", f"{found.processes}{spread or ', memory is of each'}")
     table.add_row(
         "memory",
         f"about {gib(memory.peak_bytes)} ({gib(memory.held_bytes)} held now, {gib(memory.activation_bytes)} activations, "
@@ -134,6 +138,8 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
         early = "; the step that was kept came before the last allocation" if ranks["total"] > ranks["target"] else ""
         spread = f"{min(layers)} to {max(layers)} a layer, {ranks['total']} in all (target {ranks['target']})"
         table.add_row("ranks", spread + early)
+    for subject, line in told(summary["report"]) if summary.get("report") else ():
+        table.add_row(subject, Text(line))
     if summary["plot"]:
         table.add_row("picture", Text(summary["plot"]))
     for command in summary["next"]:

@@ -142,7 +142,8 @@ def estimate_time(trainer: Trainer, calibration: Calibration) -> TimeEstimate:
     evaluations = -(-len(left) // trainer.eval_every) if held_out else 0
     forward = calibration.forward_seconds / calibration.tokens
     backward = calibration.backward_seconds / calibration.tokens
-    return TimeEstimate(tokens_left * (forward + backward), evaluations * held_out * forward)
+    training = tokens_left * (forward + backward) / trainer.world.size
+    return TimeEstimate(training, evaluations * held_out * forward)
 
 
 def vocabulary_size(model: "PreTrainedModel") -> int:

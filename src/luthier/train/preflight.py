@@ -27,6 +27,8 @@ class Preflight:
     memory: MemoryEstimate
     time: TimeEstimate | None
     warnings: tuple[str, ...]
+    processes: int = 1
+    shard: str = "none"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"peak_bytes": self.memory.peak_bytes, "seconds": self.time.seconds if self.time else None}
@@ -58,4 +60,6 @@ def preflight(trainer: Trainer, *, timed: bool = True) -> Preflight:
         memory=estimate_memory(trainer, held, calibration),
         time=estimate_time(trainer, calibration) if calibration else None,
         warnings=(*coverage.warnings, *prepared.plan.warnings),
+        processes=trainer.world.size,
+        shard=prepared.settings.train.shard if trainer.world.size > 1 else "none",
     )

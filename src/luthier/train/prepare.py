@@ -75,21 +75,24 @@ def prepare(
     adapter: Path | None = None,
     base: LoadedModel | None = None,
     name: str = ADAPTER,
+    rows: Rows | None = None,
 ) -> Prepared:
     """Load, encode and attach what `settings` name; `adapter` is one of the run's own checkpoints to go on from.
 
     `base` is a model that is loaded already and may carry adapters of other runs; this run's is called `name` there.
+    `rows` are those that the settings name, where they are in memory already.
     Raises: ConfigError, ModelError, DataError, TargetError, each before anything is trained or written, and what `load_adapter`
     raises where `settings.adapter` does not belong to this base.
     """
     tell = tell or (lambda message: None)
     parent = read_adapter(adapter_folder(settings.adapter)) if settings.adapter is not None else None
-    tell(f"Reading {settings.data.path}")
+    if rows is None:
+        tell(f"Reading {settings.data.path}")
     if base is None:
         base = _load_base(settings, tell, read_adapter(adapter) if adapter else parent)
     unfuse(base.model)  # a fused block passes by the hooks that look at a layer's inputs
     objective = objective_class(settings.objective.kind)
-    rows = objective.read(settings, base.tokenizer)
+    rows = rows or objective.read(settings, base.tokenizer)
     check_rows_fit(rows, base.model)
     lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)
     lora = objective.made_ready(base.model, lora, settings.train.seed)
@@ -100,7 +103,7 @@ def prepare(
     torch.manual_seed(settings.train.seed)
     source = read_adapter(adapter) if adapter is not None else parent
     if source is not None:
-        planned = _stored(base.model, source, lora, name, continues=parent is not None)
+        planned = _stored(base.model, objective.continued(source, base.model), lora, name, continues=parent is not None)
     else:
         planned = _fresh(settings, base, rows, lora, name, tell)
     activate(base.model, name)
@@ -147,6 +150,11 @@ def _fresh(
 def _stored(model: nn.Module, folder: AdapterFolder, lora: LoraConfig, name: str, *, continues: bool) -> AttachPlan:
     """Attach a stored adapter to be trained: one of the run's own, or one that it `continues`; `lora` is that of its settings."""
     if continues:
+        if heads := sorted(set(lora.modules_to_save or ()) - set(folder.config.modules_to_save or ())):
+            raise ConfigError(
+                f"this objective trains {', '.join(heads)} too, which the adapter {folder.path} does not have; begin with a "
+                "fresh adapter"
+            )
         free = {key: getattr(lora, key) for key in FREE}
         return load_adapter(model, replace(folder, config=folder.config.changed(**free)), name, trainable=True).plan
     load_adapter(model, folder, name, trainable=True)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from luthier.core.errors import ConfigError, ModelError
@@ -89,6 +90,12 @@ def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", se
     train_set = encode(sides.train, tokenizer, max_length=data.max_length)
     held_out_set = encode(sides.held_out, tokenizer, max_length=data.max_length) if sides.held_out else None
     return Rows(train_set, held_out_set, sides.held_out, sides.description, sides.digest, sides.digests)
+
+
+def encode_file(path: Path, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> EncodedSet:
+    """Read and encode the rows of another file as those of `data` are."""
+    templates: dict[str, Any] = {"prompt_template": data.prompt, "completion_template": data.completion, "system": data.system}
+    return encode(to_examples(read_rows(path).rows, **templates), tokenizer, max_length=data.max_length)
 
 
 def check_rows_fit(rows: Rows, model: "PreTrainedModel") -> None:

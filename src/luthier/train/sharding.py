@@ -9,6 +9,8 @@ so the model's own forward, where FSDP2 would gather embedding and head, never r
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
@@ -17,12 +19,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from luthier.adapt.state import adapter_prefixes
 from luthier.core.errors import ConfigError
+from luthier.layers.packed import PackedLinear
+from luthier.ops.packed import PackedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
 METHOD = "_luthier_run"
+CODES = "codes"
 
 
 class ShardedModel:
@@ -36,7 +41,11 @@ class ShardedModel:
         kept = {parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name.startswith(inside)}
         mesh = init_device_mesh(next(model.parameters()).device.type, (size,))
         for block in blocks:
+            packed = _with_codes_apart(block)
+            kept |= {layer.weight for layer in packed}
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+            if packed:
+                block.register_forward_pre_hook(partial(_bind_codes, packed))  # after FSDP2's own, which gathers the codes
         fully_shard(model, mesh=mesh, ignored_params=kept)
         setattr(model, METHOD, _call)
         register_fsdp_forward_method(model, METHOD)
@@ -59,6 +68,24 @@ def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
     if not blocks:
         raise ConfigError(f"train.shard: {type(model).__name__} does not say what its blocks are; leave the setting out")
     return blocks
+
+
+def _with_codes_apart(block: nn.Module) -> list[PackedLinear]:
+    """Give each 4-bit layer of a block its codes as a parameter, which can be spread; return these layers.
+
+    FSDP2 would cut the weight itself by reading it back, and hold shares of a dense one. Scales stay, an eighth of a bit each.
+    """
+    packed = [each for each in block.modules() if isinstance(each, PackedLinear) and isinstance(each.weight, PackedTensor)]
+    for layer in packed:
+        layer.register_parameter(CODES, nn.Parameter(cast(PackedTensor, layer.weight).stored.codes, requires_grad=False))
+    return packed
+
+
+def _bind_codes(packed: list[PackedLinear], block: nn.Module, args: Any) -> None:
+    """Let the weights be read from the gathered codes: from now on one and the same tensor, empty between passes."""
+    for layer in packed:
+        weight = cast(PackedTensor, layer.weight)
+        weight.stored = replace(weight.stored, codes=layer.get_parameter(CODES))
 
 
 def _call(function: Callable[..., T], *args: Any) -> T:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from luthier.core.config import LoraConfig
+from luthier.formats.folder import AdapterFolder
 from luthier.train.schedule import plan_steps
 from luthier.train.world import World
 
@@ -43,6 +44,9 @@ class Objective(ABC):
     world: World = World()
     """The processes of the run, as its Trainer knows them."""
 
+    changes_base: ClassVar[bool] = False
+    """Whether `made_ready` puts something into the base, which other runs over the same one would find there."""
+
     def __init__(self, prepared: "Prepared"):
         self.prepared = prepared
         self.model = prepared.base.model
@@ -56,6 +60,11 @@ class Objective(ABC):
     def made_ready(cls, model: "PreTrainedModel", lora: LoraConfig, seed: int) -> LoraConfig:
         """Put into a base what the objective needs there, before adapters; return the configuration of the adapter with it."""
         return lora
+
+    @classmethod
+    def continued(cls, folder: AdapterFolder, model: "PreTrainedModel") -> AdapterFolder:
+        """Return a stored adapter that is to be trained on, with what the objective needs of it and it may lack."""
+        return folder
 
     @classmethod
     def planned(cls, lengths: Sequence[int], settings: "RunSettings", *, packed: bool) -> "list[tuple[int, Step]]":
