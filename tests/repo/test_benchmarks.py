@@ -66,6 +66,17 @@ def test_preference_runs_tiny(root: Path, folder: Path) -> None:
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
 
 
+def test_grpo_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--sft-steps", "2", "--steps", "2", "--limit", "4", "--prompts", "2", "--group", "2", "--room", "8")
+    result = result_of(
+        root, folder, "grpo.py", "--out", "run", *size, "--timed-steps", "1", "--rounds", "1", "--dtype", "float32"
+    )
+    assert result["learn"]["steps"] == 2
+    assert result["learn"]["held_out_reward"]["n"] == 4
+    assert set(result["speed"]["answer_tokens_per_s"]) == {"luthier", "luthier_model", "trl"}
+    assert (folder / "run" / "reward.png").stat().st_size > 1000
+
+
 def test_weight_forms_runs_tiny(root: Path, folder: Path) -> None:
     size = ("--rounds", "1", "--tokens", "3", "--long", "20", "--texts", "1", "--dtype", "float32")
     result = result_of(root, folder, "weight_forms.py", *size)
