@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from tests.tiny_run import ENVIRONMENT
 
-from luthier.train.loop import StepRecord, Trainer
+from luthier.train.loop import Trainer
 from luthier.train.prepare import prepare
+from luthier.train.records import StepRecord
 from luthier.train.run import resume, train
 from luthier.train.runfolder import RunFolder
 from luthier.train.settings import RunSettings

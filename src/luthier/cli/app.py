@@ -24,6 +24,7 @@ from luthier.cli import (
     registry,
     runs,
     serve,
+    sweep,
     tenants,
     train,
     truncate,
@@ -54,6 +55,8 @@ app.command("gate")(gate.gate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 app.command("truncate")(truncate.truncate)
+app.command("sweep")(sweep.sweep)
+app.command("learning-curve")(sweep.learning_curve)
 app.command("baseline")(baseline.baseline)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)

@@ -109,11 +109,10 @@ def compare(runs: list[Path] = RUNS, as_json: bool = JSON) -> None:
     if as_json:
         print_json({"settings": settings, "figures": figures})
         return
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", *map(escape, found), box=None)
+    table = Table("", *found, box=None)
     for key, values in settings.items():
         table.add_row(key, *(Text("-" if value is None else str(value)) for value in values.values()))
     table.add_section()

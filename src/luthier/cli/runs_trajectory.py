@@ -98,11 +98,10 @@ def _metrics(side: "Side | None") -> dict[str, float]:
 
 
 def _show(console: Any, result: dict[str, Any]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     names = list(result["base"])
-    table = Table("step", *map(escape, names), "won", "lost", box=None)
+    table = Table("step", *names, "won", "lost", box=None)
     table.add_row("base", *(_in_words(name, result["base"][name]) for name in names))
     for point in result["anchors"]:
         figures = (_in_words(name, point[name]) for name in names)

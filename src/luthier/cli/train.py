@@ -35,7 +35,7 @@ def train(
     ),
     dry_run: bool = typer.Option(False, help="Show what would be trained, with a sample of the labels, and stop."),
     method: list[str] = typer.Option([], help="Method, as in `luthier methods`; repeat it to combine. Default: lora."),
-    objective: str | None = typer.Option(None, help="What is minimised: sft (the answers' likelihood), the default."),
+    objective: str | None = typer.Option(None, help="What is minimised: sft (the default), dpo, kto, reward, grpo or ppo."),
     init: str | None = typer.Option(None, help="How pairs begin, as in `luthier methods`. Default: kaiming."),
     r: int | None = typer.Option(None, "--r", help="Rank. Default 16."),
     lora_alpha: float | None = typer.Option(None, help="Numerator of the scaling. Default: twice the rank."),
@@ -54,6 +54,12 @@ def train(
     prompt: str | None = typer.Option(None, help="Jinja template over a row's columns for the request."),
     completion: str | None = typer.Option(None, help="Jinja template over a row's columns for the answer."),
     system: str | None = typer.Option(None, help="System message for every row that has none."),
+    reward: list[str] = typer.Option(
+        [],
+        help="What answers are judged by (objectives grpo, ppo): file.py:function, json, json:KEY,KEY, regex:PATTERN, "
+        "exact:TEMPLATE or length:CHARACTERS; repeat it.",
+    ),
+    reward_command: list[str] = typer.Option([], help="The same by a command: JSON lines in, a number a line out; repeat it."),
     track: list[str] = typer.Option([], help="Follow the run with mlflow, wandb, tensorboard or trackio too; repeat it."),
     register: str | None = typer.Option(
         None, "--register", metavar="NAME", help="Register the finished adapter as the next version of NAME, with its data."
@@ -76,7 +82,7 @@ def train(
         "dtype": dtype,
         "quantize": quantize,
         "adapter": continued,
-        "objective": {"kind": objective},
+        "objective": {"kind": objective, "rewards": reward_sources(reward, reward_command)},
         "data": {"path": data, "eval_path": eval_data, "prompt": prompt, "completion": completion, "system": system},
         "lora": {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None, "init_lora_weights": init_value(init)},
         "train": {
@@ -94,14 +100,15 @@ def train(
     for setting in settings:
         put_setting(flags, setting)
     if max(len(config), len(resume)) > 1:
-        _train_many(config, resume, flags, method, {"--register": register is not None, "--dry-run": dry_run}, console, as_json)
+        alone = {"--register": register is not None, "--dry-run": dry_run, "--nproc": nproc not in (None, 1) or size > 1}
+        _train_many(config, resume, flags, method, alone, console, as_json)
         return
     if resume:
         given = sorted(named(flags)) + ["--config"] * bool(config) + ["--dry-run"] * dry_run + ["--method"] * bool(method)
         if given:
             raise ConfigError(f"--resume takes its settings from the run; also given: {', '.join(given)}. Leave them out.")
         if size == 1 and nproc not in (None, 1):
-            carry_out_in_processes(nproc, str(resume), [])
+            carry_out_in_processes(nproc, str(resume[0]), [])
         quiet_transformers()
         from luthier.train.run import resume as carry_on
 
@@ -153,13 +160,13 @@ def _train_many(
     resumed: list[Path],
     flags: dict[str, Any],
     method: list[str],
-    others: dict[str, bool],
+    alone: dict[str, bool],
     console: "Console",
     as_json: bool,
 ) -> None:
     """Train or resume several runs over one base."""
-    if given := [name for name, is_given in others.items() if is_given]:
-        raise ConfigError(f"{' and '.join(given)} is for one run; register the adapters afterwards: luthier registry add RUN")
+    if given := [name for name, is_given in alone.items() if is_given]:
+        raise ConfigError(f"{' and '.join(given)} is for one run, and several are named; leave it out, or call luthier for each")
     if resumed and (given := sorted(named(flags)) + ["--config"] * bool(configs) + ["--method"] * bool(method)):
         raise ConfigError(f"--resume takes its settings from the runs; also given: {', '.join(given)}. Leave them out.")
     if flags["out"] is not None:
@@ -203,6 +210,20 @@ def _register(run: str, name: str, owner: str | None, registry: str | None, cons
         raise
     console.print(f"Registered as {done.reference}", highlight=False, soft_wrap=True)
     return done.reference
+
+
+def reward_sources(rewards: list[str], commands: list[str]) -> list[dict[str, Any]] | None:
+    """Return objective.rewards as flags say; None where there are none."""
+    found: list[dict[str, Any]] = []
+    for text in rewards:
+        word, colon, rest = text.partition(":")
+        if word == "json":
+            found.append({"valid_json": [key for key in rest.split(",") if key]})
+        elif word in ("regex", "exact", "length") and colon:
+            found.append({{"regex": "regex", "exact": "exact_match", "length": "max_length"}[word]: rest})
+        else:
+            found.append({"function": text})
+    return [*found, *({"command": command} for command in commands)] or None
 
 
 def init_value(name: str | None) -> bool | str | None:

@@ -14,7 +14,8 @@
     ├── ModelError(ValueError)           a base model cannot be found, fetched or read
     ├── DataError(ValueError)            a row or a data set cannot be used; names the row
     ├── CheckpointError(ValueError)      a run folder cannot be resumed
-    ├── TrainingError(RuntimeError)      training went wrong: a loss that is not finite, no gradient
+    ├── TrainingError(RuntimeError)      training went wrong: no gradient, a base that changed
+    │   ├── DivergedError                a loss or a gradient is not finite
     │   └── ProcessLostError             another process of the same run ended or does not answer
     ├── RequestError(ValueError)         a request can never be served: too long, too many adapters, an id twice
     ├── EngineError(RuntimeError)        the engine is closed, or an answer cannot go on
@@ -99,7 +100,11 @@ class CheckpointError(LuthierError, ValueError):
 
 
 class TrainingError(LuthierError, RuntimeError):
-    """Training went wrong: a loss that is not finite, an adapter without a gradient."""
+    """Training went wrong: an adapter without a gradient, a base that changed."""
+
+
+class DivergedError(TrainingError):
+    """A loss or a gradient is not finite: other settings may do better."""
 
 
 class ProcessLostError(TrainingError):

@@ -4,6 +4,7 @@ Recognised by their columns, as other rows are, and checked before the first is 
 judged, so what comes before it must be the same on both sides.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -93,7 +94,7 @@ def _pair(index: int, row: Row, system: str | None) -> Pair:
             f"first {_shared(chosen, rejected)} are the same; only the last may differ"
         )
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin):
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)):
         raise RowFault(f"has in 'margin' {shown(margin)}; needed is a number")
     examples = [with_system(Example(index, tuple(side)), system) for side in sides]
     return Pair(index, examples[0], examples[1], None if margin is None else float(margin))

@@ -10,7 +10,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. `token_ids` and `text` come without the stop token; "length" means that max_new_tokens cut it off."""
+    """One answer. `token_ids` and `text` come without the stop token; "length" means that max_new_tokens cut it off.
+
+    `stop_token` is the one that ended it, None where something else did.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
+    stop_token: int | None = field(default=None, compare=False)
 
 
 def generate(
@@ -46,14 +50,15 @@ def generate(
     batch_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stop_texts: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """Return one answer per prompt (token ids), in the order of the prompts.
 
     Temperature 0 is greedy: the likeliest token each time. In float32 an answer does not depend on which prompts share its
-    batch; in bf16 two nearly equal logits may swap. With a `seed` sampled answers are repeatable, each row by itself.
+    batch; in bf16 two nearly equal logits may swap. With a `seed` (one, or one for each prompt) sampled answers are repeatable,
+    each row by itself.
     An answer also ends with the first of the `stop_texts` in it, which its text comes without. `batch_tokens` bounds the rows of
     a batch by what they may grow to. `on_progress` is called with (prompts done, prompts in all) after each batch.
     Raises: ConfigError for an impossible setting, DataError for prompts the model cannot read (all of them listed).
@@ -218,7 +223,7 @@ def _generation(tokenizer: Any, new_ids: Sequence[int], stop_ids: frozenset[int]
     """Cut at the first stop token; what follows it is padding."""
     for place, token in enumerate(new_ids):
         if token in stop_ids:
-            return Generation(_decode(tokenizer, new_ids[:place]), tuple(new_ids[:place]), "stop")
+            return Generation(_decode(tokenizer, new_ids[:place]), tuple(new_ids[:place]), "stop", token)
     return Generation(_decode(tokenizer, new_ids), tuple(new_ids), "length")
 
 
@@ -262,7 +267,9 @@ def _device(model: Any) -> "torch.device":
     return next(model.parameters()).device
 
 
-def _check_settings(max_new_tokens: int, batch_rows: int, temperature: float, top_p: float, seed: int | None) -> None:
+def _check_settings(
+    max_new_tokens: int, batch_rows: int, temperature: float, top_p: float, seed: int | Sequence[int] | None
+) -> None:
     faults = []
     if max_new_tokens < 1:
         faults.append(f"max_new_tokens is {max_new_tokens}; it must be at least 1")

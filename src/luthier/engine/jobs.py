@@ -112,6 +112,7 @@ class Job:
     cached: int = 0
     reached: int = 0
     is_open: bool = False
+    stop_token: int | None = None
     taken_at: float = field(default_factory=time.monotonic)
     opened_at: float | None = None
     first_at: float | None = None
@@ -161,4 +162,5 @@ class Job:
             seconds=now - self.taken_at,
             error=None if error is None else str(error),
             vector=None if self.pooled_I is None else tuple(self.pooled_I.tolist()),
+            stop_token=self.stop_token,
         )

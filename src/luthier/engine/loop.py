@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -77,6 +78,20 @@ class EngineLoop:
             self._inbox.put(partial(self._let_go, job))
             raise
         self._when_done(job.futures.values(), partial(self._arrived, job))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block no step begins: what is submitted there, with adapters that are in memory, begins together."""
+        released = threading.Event()
+
+        def wait() -> None:
+            released.wait()
+
+        self._inbox.put(wait)
+        try:
+            yield
+        finally:
+            released.set()
 
     def cancel(self, id: str) -> None:
         """End a job, wherever it is."""
@@ -222,6 +237,7 @@ class EngineLoop:
         self.counts["new_tokens"] += 1
         assert job.text is not None
         if drawn.token in job.row.stop_ids:
+            job.stop_token = drawn.token
             self._end(job, "stop")
             return
         job.tokens.append(drawn.token)

@@ -81,7 +81,8 @@ class TokenLogprob:
 class Completion:
     """An answer. `text` comes without the stop text, `token_ids` without the stop token; "length" means it was cut off.
 
-    Seconds count from when the request was taken: `queue_seconds` until its prompt began to be read.
+    `stop_token` is the one that ended it, None where something else did. Seconds count from when the request was taken:
+    `queue_seconds` until its prompt began to be read.
     """
 
     text: str
@@ -96,3 +97,4 @@ class Completion:
     error: str | None = None
     vector: tuple[float, ...] | None = field(default=None, compare=False)
     """What an embedding was asked for instead of an answer."""
+    stop_token: int | None = field(default=None, compare=False)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from luthier.adapt.fusing import decoder_of, fusion_of
-from luthier.core.errors import AdapterStateError, ConfigError, DataError, ModelError, TrainingError
+from luthier.core.errors import AdapterStateError, ConfigError, DataError, DivergedError, ModelError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.engine.batches import batches_by_length
 from luthier.engine.modes import evaluating
@@ -67,25 +67,50 @@ def answer_loss(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tens
     return F.cross_entropy(logits_KV, targets_K, reduction="sum"), len(targets_K)
 
 
-def answer_log_probs(model: "nn.Module", batch: "Batch | PackedBatch") -> "tuple[Tensor, Tensor]":
+def answer_log_probs(model: "nn.Module", batch: "Batch | PackedBatch", *, temperature: float = 1.0) -> "tuple[Tensor, Tensor]":
     """Return the log-probability (nats, float32, differentiable) of each labelled token, and which row each belongs to.
 
     Both (K,), the rows as indices among those that were given to `collate` or `pack`; the sum of the first is minus what
-    `answer_loss` returns, and costs no more memory. `row_sums` adds them up by row. Raises: as `answer_loss` does.
+    `answer_loss` returns, and costs no more memory. `row_sums` adds them up by row. With a `temperature` they are those of the
+    logits divided by it, which an answer sampled so was drawn from. Raises: as `answer_loss` does.
     """
     if isinstance(batch, PackedBatch):
         hidden_NI, targets_N = packed_hidden(model, batch)
         rows_N = batch.row_of_each_token().to(targets_N.device)
-        return _log_probs_of_hidden(model, hidden_NI, targets_N), rows_N[targets_N != IGNORED]
+        return _log_probs_of_hidden(model, hidden_NI, targets_N, temperature), rows_N[targets_N != IGNORED]
     inputs, targets_BT = _inputs_and_targets(model, batch)
     is_labelled_BT = targets_BT != IGNORED
     rows_K = is_labelled_BT.nonzero()[:, 0]
     decoder = decoder_of(model)
     if decoder is not None and fusion_of(model).head_is_plain:
         hidden_BTI = decoder(**inputs).last_hidden_state[:, :-1]
-        return _log_probs_of_hidden(model, hidden_BTI.flatten(0, 1), targets_BT.flatten()), rows_K
+        return _log_probs_of_hidden(model, hidden_BTI.flatten(0, 1), targets_BT.flatten(), temperature), rows_K
     logits_KV, targets_K = _labelled_logits(model, inputs, targets_BT)
-    return -F.cross_entropy(logits_KV, targets_K, reduction="none"), rows_K
+    return -F.cross_entropy(logits_KV / temperature, targets_K, reduction="none"), rows_K
+
+
+def answer_log_probs_and_hidden(
+    model: "nn.Module", batch: "Batch | PackedBatch", *, temperature: float = 1.0
+) -> "tuple[Tensor, Tensor, Tensor]":
+    """Return what `answer_log_probs` does, and the last hidden state that each labelled token was predicted from: (K, I).
+
+    One forward pass for both: what a value head reads. The logits must be the output layer's product with the last hidden states
+    (`luthier.adapt.fusing.has_plain_head`). Raises: as `answer_loss` does; ModelError for a model without a decoder of its own.
+    """
+    if isinstance(batch, PackedBatch):
+        hidden_NI, targets_N = packed_hidden(model, batch)
+        rows_N = batch.row_of_each_token().to(targets_N.device)
+    else:
+        decoder = decoder_of(model)
+        if decoder is None:
+            raise ModelError(f"{type(model).__name__} has no decoder apart from its head, whose hidden states values could be of")
+        inputs, targets_BT = _inputs_and_targets(model, batch)
+        hidden_NI = decoder(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        targets_N = targets_BT.flatten()
+        rows_N = torch.arange(len(targets_BT), device=targets_N.device).repeat_interleave(targets_BT.shape[1])
+    is_labelled_N = targets_N != IGNORED
+    hidden_KI = hidden_NI[is_labelled_N]
+    return _log_probs_of_hidden(model, hidden_KI, targets_N[is_labelled_N], temperature), rows_N[is_labelled_N], hidden_KI
 
 
 def row_sums(values_K: "Tensor", rows_K: "Tensor", num_rows: int) -> "Tensor":
@@ -152,12 +177,13 @@ def _loss_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor"
     return F.cross_entropy(logits_KV, targets_K, reduction="sum"), len(targets_K)
 
 
-def _log_probs_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor") -> "Tensor":
+def _log_probs_of_hidden(model: "nn.Module", hidden_NI: "Tensor", targets_N: "Tensor", temperature: float = 1.0) -> "Tensor":
     """Return the log-probabilities at the labelled positions; the head is known to be plain."""
     hidden_KI, targets_K, projection = _labelled_hidden(model, hidden_NI, targets_N)
-    if projection is not None:
+    if projection is not None and (temperature == 1.0 or projection.bias is None):
+        hidden_KI = hidden_KI if temperature == 1.0 else hidden_KI / temperature  # the head is linear, so its logits are divided
         return labelled_log_probs(hidden_KI, targets_K, projection, products=fast_products(hidden_KI))
-    logits_KV = _wide(model.get_output_embeddings()(hidden_KI))  # type: ignore[operator]
+    logits_KV = _wide(model.get_output_embeddings()(hidden_KI)) / temperature  # type: ignore[operator]
     return -F.cross_entropy(logits_KV, targets_K, reduction="none")
 
 
@@ -212,7 +238,7 @@ def held_out_loss(
     """Return the mean loss per labelled token over all rows, with dropout off and without gradients.
 
     `progress` is called with (rows done, rows in all) after each batch. The model's modes come back as they were.
-    Raises: ConfigError, DataError (no rows, or rows without a labelled token), TrainingError if a loss is not finite.
+    Raises: ConfigError, DataError (no rows, or rows without a labelled token), DivergedError if a loss is not finite.
     """
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens is {batch_tokens}; it must be at least 1")
@@ -225,7 +251,7 @@ def held_out_loss(
             together = [rows[index] for index in indices]
             loss, count = answer_loss(model, pack(together) if packs else collate(together, pad_id))
             if not math.isfinite(float(loss)):
-                raise TrainingError(
+                raise DivergedError(
                     f"the held-out loss is {float(loss)} for rows {sorted(rows[index].row for index in indices)}: "
                     "the weights or the adapter hold numbers that are not finite, or overflow in this dtype"
                 )

@@ -244,6 +244,26 @@ class Engine:
         calls = (partial(self.submit, ids, adapter=name, sampling=how, tenant=tenant) for ids, name, how in asked)
         return self._results(calls, len(prompts), on_progress)
 
+    def generate_together(
+        self, prompts: Sequence[Sequence[int]], adapter: str, samplings: Sequence[Sampling]
+    ) -> list[Completion]:
+        """Answer all prompts with one adapter, all of them there before the first step.
+
+        Where nothing else is asked meanwhile, which rows meet in which step then follows from the request alone, and so does
+        every bit of the answers. Raises: as `submit` does; QueueFullError for more than the queue takes.
+        """
+        self.check_adapter(adapter)  # reads it now, so that nobody waits for a file
+        with self._loop.held():
+            handles: list[Handle] = []
+            try:
+                for ids, sampling in zip(prompts, samplings, strict=True):
+                    handles.append(self.submit(ids, adapter=adapter, sampling=sampling))
+            except BaseException:
+                for handle in handles:
+                    handle.cancel()
+                raise
+        return [handle.result() for handle in handles]
+
     def stream(
         self,
         prompt_ids: Sequence[int],

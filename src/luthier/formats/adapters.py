@@ -26,11 +26,12 @@ from luthier.core.config import LoraConfig
 from luthier.core.errors import AdapterFormatError, AdapterMismatchError, BaseMismatchError, TargetError
 from luthier.core.methods import LOFTQ, keeps_start
 from luthier.core.names import is_target, matches_name
-from luthier.formats.adapter_config import converted_config, dump_config
+from luthier.formats.adapter_config import converted_config, dump_config, parse_config
 from luthier.formats.card import model_card
 from luthier.formats.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
-from luthier.formats.folder import AdapterFolder, read_adapter, write_adapter
+from luthier.formats.folder import AdapterFolder, read_adapter, tensor_digest, write_adapter
 from luthier.formats.keys import PREFIX, canonical_keys, expected_shapes, item_key, pair_key, rows_key, whole_key, wrapped_path
+from luthier.formats.note import CONFIG_FILE, TENSOR_FILE, sha256
 from luthier.formats.plain_lora import plain_lora
 from luthier.layers.base import own_parameters
 from luthier.layers.kinds import layer_kind
@@ -84,9 +85,35 @@ def save_adapter(
     assert config is not None  # adapter_tensors has checked the name
     if as_lora:
         config, tensors = plain_lora(model, name, config)
-    kinds = {item.kind.word for item in adapter_parameters(model, name) if item.kind}
     if save_embedding_layers:
         tensors |= _own_tables(model, name)
+    config_text, converted = _config_text(model, name, config)
+    note = {
+        "luthier": __version__,
+        "base": (base or fingerprint_of(model)).model_dump(mode="json"),
+        "recipe": (recipe or {}) | converted,
+        "metrics": metrics or {},
+    }
+    return write_adapter(path, config_text, tensors, model_card(config, metrics or {}), note, minus_of(model))
+
+
+def live_folder(model: nn.Module, name: str = "default", *, base: Fingerprint | None = None) -> AdapterFolder:
+    """Return the adapter `name` as it is now, as `read_adapter` would read it after `save_adapter`; nothing is written.
+
+    For an engine that is to answer with an adapter in training. Its tensors are copies. Raises: AdapterStateError.
+    """
+    config = roster_of(model).configs.get(name)
+    tensors = adapter_tensors(model, name)
+    assert config is not None  # adapter_tensors has checked the name
+    config_text, _ = _config_text(model, name, config)
+    note = {"base": (base or fingerprint_of(model)).model_dump(mode="json")}
+    digests = {CONFIG_FILE: sha256(config_text.encode()), TENSOR_FILE: tensor_digest(tensors)}
+    return AdapterFolder(Path(name), parse_config(config_text, name), tensors, note, digests=digests)
+
+
+def _config_text(model: nn.Module, name: str, config: LoraConfig) -> tuple[str, dict[str, Any]]:
+    """Return an adapter's configuration as it stands on disk, and what the recipe says of how it was converted for that."""
+    kinds = {item.kind.word for item in adapter_parameters(model, name) if item.kind}
     config = _with_base_name(model, config)
     converted: dict[str, Any] = {}
     if keeps_start(config.init_lora_weights):
@@ -97,14 +124,8 @@ def save_adapter(
     if config.init_lora_weights == LOFTQ:
         converted = {"loftq": config.loftq_config}
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    config_text = dump_config(config, fan_in_fan_out="conv1d" in kinds, auto_mapping=None if config.task_type else mapping)
-    note = {
-        "luthier": __version__,
-        "base": (base or fingerprint_of(model)).model_dump(mode="json"),
-        "recipe": (recipe or {}) | converted,
-        "metrics": metrics or {},
-    }
-    return write_adapter(path, config_text, tensors, model_card(config, metrics or {}), note, minus_of(model))
+    text = dump_config(config, fan_in_fan_out="conv1d" in kinds, auto_mapping=None if config.task_type else mapping)
+    return text, converted
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

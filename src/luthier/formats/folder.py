@@ -108,7 +108,7 @@ def write_adapter(
     """
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise AdapterFormatError(f"not saved: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {_some(bad)}")
-    raw = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, {"format": "pt"})
+    raw = _raw(tensors)
     digests = {CONFIG_FILE: sha256(config_text.encode()), TENSOR_FILE: sha256(raw)}
     raw_minus = b""
     if minus:
@@ -129,6 +129,15 @@ def write_adapter(
 def file_digests(path: Path) -> dict[str, str]:
     """Return name -> sha256 of the configuration and the tensors in a folder: which adapter it is, to the last bit."""
     return {name: sha256((path / name).read_bytes()) for name in (CONFIG_FILE, TENSOR_FILE)}
+
+
+def tensor_digest(tensors: dict[str, Tensor]) -> str:
+    """Return the sha256 of the bytes that tensors are written as."""
+    return sha256(_raw(tensors))
+
+
+def _raw(tensors: dict[str, Tensor]) -> bytes:
+    return save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, {"format": "pt"})
 
 
 def _read_minus(path: Path, note: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:

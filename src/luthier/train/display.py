@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.core.words import duration, gib
-from luthier.train.loop import EvalRecord, StepRecord
+from luthier.train.aftermath import told
 from luthier.train.memory import held_memory
 from luthier.train.preflight import Preflight
+from luthier.train.records import EvalRecord, StepRecord
 
 PLAIN_SECONDS = 10.0
 
@@ -55,10 +56,15 @@ class Display:
 
     def on_step(self, record: StepRecord) -> None:
         """Move the bar, or print a line if the last one is some seconds old."""
-        self.loss = record.loss if self.loss is None else 0.9 * self.loss + 0.1 * record.loss
+        # A loss of rewards moves about 0 whatever is learned: what counts is the reward.
+        value = record.metrics.get("reward", record.loss)
+        self.loss = value if self.loss is None else 0.9 * self.loss + 0.1 * value
         rate = record.tokens / record.seconds
         self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
-        note = f"loss {self.loss:.4f}{self.held_out}, {self.rate:,.0f} tokens/s, {gib(held_memory())}"
+        word = "reward" if "reward" in record.metrics else "loss"
+        equal = record.metrics.get("zero_variance", 0.0)
+        share = f" ({equal:.0%} of groups equal)" if equal else ""
+        note = f"{word} {self.loss:.4f}{share}{self.held_out}, {self.rate:,.0f} tokens/s, {gib(held_memory())}"
         self.bar.update(self.task, completed=record.step, note=note)
         if not self.console.is_terminal and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.last_line = time.monotonic()
@@ -68,7 +74,8 @@ class Display:
 
     def on_eval(self, record: EvalRecord) -> None:
         """Show the held-out loss beside the training loss from now on."""
-        self.held_out = f", held out {record.eval_loss:.4f}{' (best)' if record.is_best else ''}"
+        value = record.metrics.get("eval_reward", record.eval_loss)
+        self.held_out = f", held out {value:.4f}{' (best)' if record.is_best else ''}"
         if not self.console.is_terminal:
             line = f"{self.prefix}step {record.step}/{self.num_steps}{self.held_out}"
             self.console.print(line, highlight=False, markup=False)
@@ -115,10 +122,14 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
     tokens = f"{summary['labelled_tokens']:,} answer tokens of {summary['tokens']:,}"
     table.add_row("ended", f"{summary['ended']} after {steps}, {duration(summary['seconds'])}")
     table.add_row("speed", f"{summary['tokens_per_s']:,.0f} tokens/s ({tokens})")
-    if summary["loss"] is not None:
+    is_rewarded = summary["reward"] is not None
+    if is_rewarded:
+        table.add_row("reward", f"{summary['reward']:.4f} over the last steps")
+    elif summary["loss"] is not None:
         table.add_row("loss", f"{summary['loss']:.4f} over the last steps")
     if summary["best_eval_loss"] is not None:
-        table.add_row("held out", f"{summary['best_eval_loss']:.4f} at step {summary['best_step']}, the one that was kept")
+        best = f"reward {-summary['best_eval_loss']:.4f}" if is_rewarded else f"{summary['best_eval_loss']:.4f}"
+        table.add_row("held out", f"{best} at step {summary['best_step']}, the one that was kept")
     table.add_row("memory", f"{gib(summary['peak_bytes'])} at most")
     size = f"{summary['adapter_bytes'] / 1e6:.1f} MB; the base is {summary['base_bytes'] / 1e6:,.0f} MB"
     table.add_row("adapter", Text(f"{summary['adapter']} ({size})"))
@@ -127,6 +138,8 @@ def summary_report(summary: dict[str, Any]) -> RenderableType:
         early = "; the step that was kept came before the last allocation" if ranks["total"] > ranks["target"] else ""
         spread = f"{min(layers)} to {max(layers)} a layer, {ranks['total']} in all (target {ranks['target']})"
         table.add_row("ranks", spread + early)
+    for subject, line in told(summary["report"]) if summary.get("report") else ():
+        table.add_row(subject, Text(line))
     if summary["plot"]:
         table.add_row("picture", Text(summary["plot"]))
     for command in summary["next"]:

@@ -11,8 +11,11 @@ cosine of 0.988, and 90 % of their signs agree). So the gradient of the loss is 
 """
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import torch
 
 from luthier.adapt.state import AdapterParameter
 from luthier.core.errors import ConfigError
@@ -73,3 +76,13 @@ def _kind(item: AdapterParameter) -> str:
 
 def _group(items: list[AdapterParameter], rate: float, lr_ratio: float, weight_decay: float) -> dict[str, Any]:
     return {"params": [item.parameter for item in items], "lr": rate, "lr_ratio": lr_ratio, "weight_decay": weight_decay}
+
+
+def gradient_norms(items: Sequence[AdapterParameter]) -> dict[str, float]:
+    """Return path -> norm of the gradients of all that is trained there. A parameter without a gradient counts as nothing."""
+    squares: dict[str, float] = {}
+    for item in items:
+        gradient = item.parameter.grad
+        value = 0.0 if gradient is None else float(gradient.detach().norm(dtype=torch.float32)) ** 2
+        squares[item.path] = squares.get(item.path, 0.0) + value
+    return {path: math.sqrt(square) for path, square in squares.items()}

@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +30,7 @@ from luthier.adapt.ranks import RankAllocator, drop_masked
 from luthier.adapt.state import adapter_parameters, base_parameters, pairs_with_start
 from luthier.core.allocator import release_freed_memory
 from luthier.core.config import AdaLoraConfig
-from luthier.core.errors import CheckpointError, TrainingError
+from luthier.core.errors import CheckpointError, DivergedError, TrainingError
 from luthier.formats.adapters import save_adapter
 from luthier.formats.folder import read_adapter
 from luthier.formats.keys import item_key
@@ -39,11 +38,12 @@ from luthier.formats.note import TENSOR_FILE
 from luthier.ops.compiler import use_compiler
 from luthier.ops.packed import stored_bytes
 from luthier.ops.scratch import release_scratch
-from luthier.train.groups import parameter_groups
+from luthier.train.groups import gradient_norms, parameter_groups
 from luthier.train.memory import peak_memory, reset_peak_memory, settle_allocator
 from luthier.train.objectives import objective_class
 from luthier.train.objectives.base import MicroBatch
 from luthier.train.prepare import Prepared
+from luthier.train.records import EvalRecord, Observer, StepRecord, log_line
 from luthier.train.runfolder import Progress, RunFolder, of_rank, random_state, restore_random_state, seed_of
 from luthier.train.schedule import anchor_steps, learning_rate, plan_digest
 from luthier.train.settings import LOOKING_ON
@@ -59,60 +59,6 @@ TOKENS_WORTH_COMPILING = 200_000
 """Compiling takes 10 to 30 seconds where nothing is in the compiler's cache yet, and saves some percent of a step."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimiser step did: a line of run.jsonl."""
-
-    step: int
-    epoch: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    labelled_tokens: int
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """One evaluation: a line of run.jsonl."""
-
-    step: int
-    eval_loss: float
-    is_best: bool
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def log_line(record: StepRecord | EvalRecord) -> dict[str, Any]:
-    """Return a record as it stands in run.jsonl: further figures stand beside the others."""
-    line = asdict(record)
-    return line | line.pop("metrics")
-
-
-class Observer(Protocol):
-    """Whoever wants to see a run go by."""
-
-    def on_step(self, record: StepRecord) -> None: ...
-
-    def on_eval(self, record: EvalRecord) -> None: ...
-
-
-class Both:
-    """Shows a run to two observers."""
-
-    def __init__(self, first: Observer, second: Observer):
-        self.observers = (first, second)
-
-    def on_step(self, record: StepRecord) -> None:
-        for observer in self.observers:
-            observer.on_step(record)
-
-    def on_eval(self, record: EvalRecord) -> None:
-        for observer in self.observers:
-            observer.on_eval(record)
 
 
 class Trainer:
@@ -193,6 +139,7 @@ class Trainer:
             yield
         finally:
             self.peak_bytes = peak_memory()
+            self.objective.close()
             self.model.eval()
             if self.sharded is None:  # fusing compares weights that are whole, so there would be no way back
                 unfuse(self.model)
@@ -350,10 +297,12 @@ class Trainer:
         metrics = self.world.sum_figures(metrics)
         self.world.sum_gradients(self.parameters)
         self._check_finite("loss", loss, planned)
-        if step == 0:
+        if step == 0 and not self.objective.may_rest:
             self._check_gradients()
         if self.ranks is not None and self.ranks.config.orth_reg_weight:
             self.ranks.penalty().backward()  # in the gradients only: the loss that is reported is the one of the answers
+        if self.settings.report and self.world.is_first and self._is_due(self.eval_every, step + 1):
+            self.folder.append_layers(step + 1, gradient_norms(self.items))
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         self._check_finite("gradient norm", norm, planned)
         rate = learning_rate(step, self.num_steps, self.settings)
@@ -441,8 +390,9 @@ class Trainer:
             return tokens >= TOKENS_WORTH_COMPILING
         return self.settings.compile == "on"
 
-    def _is_due(self, every: int | None) -> bool:
-        return bool(every) and (self.progress.step % (every or 1) == 0 or self.progress.step == self.num_steps)
+    def _is_due(self, every: int | None, step: int | None = None) -> bool:
+        step = self.progress.step if step is None else step
+        return bool(every) and (step % (every or 1) == 0 or step == self.num_steps)
 
     def _moments(self) -> list[tuple[int, str, Tensor]]:
         return [
@@ -460,7 +410,7 @@ class Trainer:
             return
         items = [index for indices in planned for index in indices]
         rows = sorted({row.row for index in items for row in self.prepared.rows.item(index)})
-        raise TrainingError(
+        raise DivergedError(
             f"the {what} of step {self.progress.step + 1} is {value} (rows {rows[:8]}{' ...' if len(rows) > 8 else ''}). "
             f"Nothing was updated; the last checkpoint is at step {self.saved_step}. Try a lower learning rate (now "
             f"{self.settings.learning_rate:g}) or dtype float32."

@@ -7,6 +7,7 @@ it, so that it ends with the same bits as alone, and can be resumed alone too.
 Not here: a run by itself (run.py), its step (loop.py).
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,13 +24,18 @@ from luthier.core.methods import LOFTQ
 from luthier.models.load import LoadedModel, load_model
 from luthier.ops.compiler import use_compiler
 from luthier.train.display import Display, make_bar, many_report, preflight_report
+from luthier.train.launching import process_of
 from luthier.train.loop import Trainer
 from luthier.train.memory import peak_memory
+from luthier.train.objectives import objective_class
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
-from luthier.train.run import Outcome, finish, graceful_stop
+from luthier.train.records import Both
+from luthier.train.run import Outcome, artifacts, finish, graceful_stop, tell_trackers
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder, random_state, restore_random_state
 from luthier.train.settings import RunSettings
+from luthier.train.tracking.base import check_trackers
+from luthier.train.tracking.follow import Following
 
 SHARED = ("model", "dtype", "quantize", "train.kernels", "train.gradient_checkpointing")
 """Settings of the base rather than of one adapter: the same in all runs that share it."""
@@ -52,6 +58,7 @@ class _Lane:
     found: Preflight | None = None
     ended: str | None = None
     outcome: Outcome | None = None
+    following: Following | None = None
 
     @contextmanager
     def at_work(self) -> Iterator[Trainer]:
@@ -76,6 +83,7 @@ def train_many(settings: Sequence[RunSettings], *, console: Console | None = Non
     console = console or Console(quiet=True)
     check_together(settings)
     for each in settings:
+        check_trackers(each.train.track)
         RunFolder(each.out).check_free()
     tell = partial(console.log if console.is_terminal else console.print, markup=False)
     base = _load(settings[0], tell)
@@ -101,6 +109,8 @@ def resume_many(paths: Sequence[str | Path], *, console: Console | None = None) 
         raise CheckpointError("all of these runs are finished; start new ones to train more")
     settings = [each for _, each in left]
     check_together(settings)
+    for each in settings:
+        check_trackers(each.train.track)
     tell = partial(console.print, markup=False)
     base = _load(settings[0], tell)
     turns = Turns()
@@ -140,7 +150,9 @@ def check_together(settings: Sequence[RunSettings]) -> None:
     """Raise ConfigError unless these runs can share one base; every reason why they cannot is listed."""
     if not settings:
         raise ConfigError("no runs were given")
-    faults = []
+    faults: list[str] = []
+    if process_of(os.environ)[1] > 1:
+        faults.append("this is one of several processes (torchrun, --nproc); adapters side by side are trained in one")
     for key in SHARED:
         values = {each.out: _value(each, key) for each in settings}
         if len(set(values.values())) > 1:
@@ -152,6 +164,11 @@ def check_together(settings: Sequence[RunSettings]) -> None:
         if each.lora.init_lora_weights == LOFTQ
     ]
     faults += [f"{each.out}: train.full trains every weight of the base" for each in settings if each.train.full]
+    faults += [
+        f"{each.out}: objective {each.objective.kind} puts a head of its own into the base"
+        for each in settings
+        if objective_class(each.objective.kind).changes_base
+    ]
     outs = [str(Path(each.out).resolve()) for each in settings]
     faults += [f"{out} is named by {outs.count(out)} runs" for out in dict.fromkeys(outs) if outs.count(out) > 1]
     if faults:
@@ -174,12 +191,23 @@ def _carry_out(turns: Turns, console: Console) -> list[Outcome]:
             lane.found = preflight(trainer)
             console.print(preflight_report(lane.found, str(trainer.prepared.plan), title=str(trainer.folder.path)))
             label = trainer.folder.path.name
-            trainer.observer = Display(console, trainer.num_steps, trainer.progress.step, label=label, bar=bar)
-    with graceful_stop(turns), ExitStack() as running:
-        for lane in lanes:
-            running.enter_context(lane.trainer.running())
-        with bar:
-            _take_turns(turns)
+            display = Display(console, trainer.num_steps, trainer.progress.step, label=label, bar=bar)
+            lane.following = Following(trainer)
+            trainer.observer = Both(display, lane.following)
+    try:
+        with graceful_stop(turns), ExitStack() as running:
+            for lane in lanes:
+                running.enter_context(lane.trainer.running())
+            with bar:
+                _take_turns(turns)
+    except BaseException:
+        for following in [lane.following for lane in lanes if lane.following is not None]:
+            following.end("failed")  # of those that have not ended otherwise
+            following.wait()
+        raise
+    for lane in lanes:
+        if lane.following is not None and lane.outcome is not None:
+            tell_trackers(lane.following, lane.outcome, console)
     outcomes = [lane.outcome for lane in lanes if lane.outcome is not None]
     console.print(many_report([outcome.summary for outcome in outcomes]))
     left = [str(lane.trainer.folder.path) for lane in lanes if lane.ended == "interrupted"]
@@ -196,17 +224,20 @@ def _take_turns(turns: Turns) -> None:
             if turns.stop_requested:
                 _save(turns.lanes)
                 return
-            try:
-                with lane.at_work() as trainer:
-                    lane.ended = trainer.advance()
-                    if lane.ended is not None:
-                        _finish(lane, lane.ended)
-            except TrainingError as error:
-                lane.ended = "failed"
-                _save(turns.lanes)
-                others = [f"--resume {each.trainer.folder.path}" for each in turns.lanes if each.ended == "interrupted"]
-                note = f"\nThe others are safe; go on with them by: luthier train {' '.join(others)}" if others else ""
-                raise TrainingError(f"{lane.trainer.folder.path}: {error}{note}") from error
+            _take_turn(lane, turns.lanes)
+
+
+def _take_turn(lane: _Lane, lanes: Sequence[_Lane]) -> None:
+    try:
+        with lane.at_work() as trainer:
+            if ended := trainer.advance():
+                _finish(lane, ended)
+    except TrainingError as error:
+        lane.ended = "failed"
+        _save(lanes)
+        others = [f"--resume {each.trainer.folder.path}" for each in lanes if each.ended == "interrupted"]
+        note = f"\nThe others are safe; go on with them by: luthier train {' '.join(others)}" if others else ""
+        raise TrainingError(f"{lane.trainer.folder.path}: {error}{note}") from error
 
 
 def _save(lanes: Sequence[_Lane]) -> None:
@@ -215,14 +246,15 @@ def _save(lanes: Sequence[_Lane]) -> None:
         if lane.ended is None:
             with lane.at_work() as trainer:
                 trainer.save()
-                lane.ended = "interrupted"
-                _finish(lane, lane.ended)
+                _finish(lane, "interrupted")
 
 
 def _finish(lane: _Lane, ended: str) -> None:
-    assert lane.found is not None  # every run was looked at before the first step
+    assert lane.found is not None and lane.following is not None  # every run was looked at before the first step
     lane.trainer.peak_bytes = peak_memory()
     lane.outcome = finish(lane.trainer, lane.found, ended)
+    lane.ended = ended
+    lane.following.end(ended, artifacts(lane.outcome.summary))
 
 
 def _load(settings: RunSettings, tell: partial[None]) -> LoadedModel:

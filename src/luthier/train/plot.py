@@ -11,10 +11,16 @@ SMOOTHING = 0.9
 
 
 def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training loss (each step, and smoothed) and held-out loss over steps into a PNG. Raises: MissingExtraError."""
+    """Draw training loss (each step, and smoothed) and held-out loss over steps into a PNG; rewards instead, where there are any.
+
+    Raises: MissingExtraError.
+    """
+    is_rewarded = any("reward" in record for record in records)
+    key, held_out_key, word = ("reward", "eval_reward", "mean reward") if is_rewarded else ("loss", "eval_loss", "loss")
+    best_of = max if is_rewarded else min
     figure = make_figure("drawing the loss curve", figsize=(7, 4), layout="constrained")
-    trained = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+    trained = [(record["step"], record[key]) for record in records if key in record]
+    held_out = [(record["step"], record[held_out_key]) for record in records if held_out_key in record]
     axes = figure.subplots()
     if trained:
         axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
@@ -22,11 +28,11 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(steps, smoothed(losses), color="tab:blue", label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
-        best = min(held_out, key=lambda pair: pair[1])
+        best = best_of(held_out, key=lambda pair: pair[1])
         axes.annotate(f"best {best[1]:.4f}", best, textcoords="offset points", xytext=(0, 8), horizontalalignment="right")
     # The title names the user's files; a $ in one is no formula.
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel="optimiser step", ylabel="loss per answer token (nats)")
+    axes.set(xlabel="optimiser step", ylabel=word if is_rewarded else "loss per answer token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomic(path, as_png(figure))

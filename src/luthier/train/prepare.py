@@ -30,7 +30,7 @@ from luthier.train.groups import freeze_lora_A
 from luthier.train.objectives import objective_class
 from luthier.train.parent import FREE, adapter_folder, stored_form
 from luthier.train.rows import Rows, check_rows_fit
-from luthier.train.schedule import Step, plan_steps
+from luthier.train.schedule import Step
 from luthier.train.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -75,21 +75,24 @@ def prepare(
     adapter: Path | None = None,
     base: LoadedModel | None = None,
     name: str = ADAPTER,
+    rows: Rows | None = None,
 ) -> Prepared:
     """Load, encode and attach what `settings` name; `adapter` is one of the run's own checkpoints to go on from.
 
     `base` is a model that is loaded already and may carry adapters of other runs; this run's is called `name` there.
+    `rows` are those that the settings name, where they are in memory already.
     Raises: ConfigError, ModelError, DataError, TargetError, each before anything is trained or written, and what `load_adapter`
     raises where `settings.adapter` does not belong to this base.
     """
     tell = tell or (lambda message: None)
     parent = read_adapter(adapter_folder(settings.adapter)) if settings.adapter is not None else None
-    tell(f"Reading {settings.data.path}")
+    if rows is None:
+        tell(f"Reading {settings.data.path}")
     if base is None:
         base = _load_base(settings, tell, read_adapter(adapter) if adapter else parent)
     unfuse(base.model)  # a fused block passes by the hooks that look at a layer's inputs
     objective = objective_class(settings.objective.kind)
-    rows = objective.read(settings, base.tokenizer)
+    rows = rows or objective.read(settings, base.tokenizer)
     check_rows_fit(rows, base.model)
     lora = named_base(whole_model(base.model) if settings.train.full else settings.lora, base)
     lora = objective.made_ready(base.model, lora, settings.train.seed)
@@ -100,7 +103,7 @@ def prepare(
     torch.manual_seed(settings.train.seed)
     source = read_adapter(adapter) if adapter is not None else parent
     if source is not None:
-        planned = _stored(base.model, source, lora, name, continues=parent is not None)
+        planned = _stored(base.model, objective.continued(source, base.model), lora, name, continues=parent is not None)
     else:
         planned = _fresh(settings, base, rows, lora, name, tell)
     activate(base.model, name)
@@ -116,7 +119,7 @@ def prepare(
     fingerprint = fingerprint_of(base.model)
     fusion = fuse(base.model) if settings.train.kernels == "fused" else Fusion(reason="train.kernels is plain")
     packed = settings.train.packing and can_take_packed(base.model, rows.train.rows)
-    steps = plan_steps(rows.item_lengths, settings.train, packed=packed)
+    steps = objective.planned(rows.item_lengths, settings, packed=packed)
     if isinstance(planned.config, AdaLoraConfig):
         planned = replace(planned, config=with_total_step(planned.config, len(steps)))
         roster_of(base.model).configs[name] = planned.config
@@ -136,7 +139,8 @@ def _fresh(
     if lora.init_lora_weights != "eva":
         return planned
     tell("Looking at what the layers are given")
-    first = [batch for _, batches in plan_steps(rows.item_lengths, settings.train) for batch in batches][:EVA_BATCHES]
+    steps = objective_class(settings.objective.kind).planned(rows.item_lengths, settings, packed=False)
+    first = [batch for _, batches in steps for batch in batches][:EVA_BATCHES]
     pad_id = pad_id_of(base.tokenizer)
     batches = (collate([row for index in indices for row in rows.item(index)], pad_id) for indices in first)
     activate(base.model, name)
@@ -146,6 +150,11 @@ def _fresh(
 def _stored(model: nn.Module, folder: AdapterFolder, lora: LoraConfig, name: str, *, continues: bool) -> AttachPlan:
     """Attach a stored adapter to be trained: one of the run's own, or one that it `continues`; `lora` is that of its settings."""
     if continues:
+        if heads := sorted(set(lora.modules_to_save or ()) - set(folder.config.modules_to_save or ())):
+            raise ConfigError(
+                f"this objective trains {', '.join(heads)} too, which the adapter {folder.path} does not have; begin with a "
+                "fresh adapter"
+            )
         free = {key: getattr(lora, key) for key in FREE}
         return load_adapter(model, replace(folder, config=folder.config.changed(**free)), name, trainable=True).plan
     load_adapter(model, folder, name, trainable=True)

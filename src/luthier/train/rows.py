@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from luthier.core.errors import ConfigError, ModelError
@@ -38,6 +39,11 @@ class Rows:
         """Tokens of each item to train on, as `plan_steps` wants them."""
         lengths = self.train.lengths
         return [sum(lengths[start : start + self.width]) for start in range(0, len(lengths), self.width)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the model will be given, held out or not."""
+        return max(len(row) for rows in (self.train, self.held_out) if rows for row in rows.rows)
 
     def item(self, index: int) -> list[EncodedRow]:
         """Return the encoded rows of one item to train on."""
@@ -86,13 +92,20 @@ def read_and_encode(data: DataSettings, tokenizer: "PreTrainedTokenizerBase", se
     return Rows(train_set, held_out_set, sides.held_out, sides.description, sides.digest, sides.digests)
 
 
+def encode_file(path: Path, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> EncodedSet:
+    """Read and encode the rows of another file as those of `data` are."""
+    templates: dict[str, Any] = {"prompt_template": data.prompt, "completion_template": data.completion, "system": data.system}
+    return encode(to_examples(read_rows(path).rows, **templates), tokenizer, max_length=data.max_length)
+
+
 def check_rows_fit(rows: Rows, model: "PreTrainedModel") -> None:
     """Raise ConfigError if a row is longer than the model can read, or ModelError if it has tokens the model does not have."""
     encoded = [*rows.train.rows, *(rows.held_out.rows if rows.held_out else [])]
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(row) for row in encoded)
-    if room and longest > room:
-        raise ConfigError(f"the longest row has {longest} tokens, this model reads {room} at most; set data.max_length to {room}")
+    if room and rows.longest > room:
+        raise ConfigError(
+            f"the longest row has {rows.longest} tokens, this model reads {room} at most; set data.max_length to {room}"
+        )
     highest, known = max(max(row.input_ids) for row in encoded), model.get_input_embeddings().weight.shape[0]
     if highest >= known:
         raise ModelError(

@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,20 @@ from rich.console import Console
 from luthier.adapt.ranks import live_ranks
 from luthier.core.atomic import write_atomic
 from luthier.core.environment import environment
-from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError, StorageError
+from luthier.core.errors import CheckpointError, ConfigError, MissingExtraError
 from luthier.data.preview import preview
+from luthier.train.aftermath import aftermath
 from luthier.train.display import Display, preflight_report, summary_report
-from luthier.train.loop import Both, Stoppable, Trainer, stop_on_signal
+from luthier.train.loop import Stoppable, Trainer, stop_on_signal
 from luthier.train.plot import plot_losses, smoothed
 from luthier.train.preflight import Preflight, preflight
 from luthier.train.prepare import Prepared, prepare
 from luthier.train.processes import joined
+from luthier.train.records import Both
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder
 from luthier.train.settings import RunSettings
-from luthier.train.tracking.base import Status, check_trackers
-from luthier.train.tracking.follow import Tracking, tracking_of
+from luthier.train.tracking.base import check_trackers
+from luthier.train.tracking.follow import Following
 from luthier.train.world import World
 
 
@@ -104,22 +106,22 @@ def _carry_out(trainer: Trainer, console: Console) -> Outcome:
             trainer.run()
         world.gather(trainer.peak_bytes)
         return Outcome(prepared, found, world.from_first({}))  # which comes when all is written
-    tracking = tracking_of(trainer)
-    with _status_kept(trainer, tracking):
-        outcome = _trained(trainer, console, found, tracking)
-    ended: Status = "interrupted" if outcome.summary["ended"] == "interrupted" else "finished"
-    trainer.folder.write_status(outcome.summary["ended"], trainer.num_steps)
-    reports = tracking.finish(ended, _artifacts(outcome.summary))
-    outcome.summary["tracking"] = [asdict(report) for report in reports]
-    for report in reports:
-        console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
+    following = Following(trainer)
+    try:
+        outcome = _trained(trainer, console, found, following)
+    except BaseException:
+        following.end("failed")
+        following.wait()
+        raise
+    following.end(outcome.summary["ended"], artifacts(outcome.summary))
+    tell_trackers(following, outcome, console)
     world.from_first(outcome.summary)
     return outcome
 
 
-def _trained(trainer: Trainer, console: Console, found: Preflight, tracking: Tracking) -> Outcome:
+def _trained(trainer: Trainer, console: Console, found: Preflight, following: Following) -> Outcome:
     with Display(console, trainer.num_steps, trainer.progress.step) as display, graceful_stop(trainer):
-        trainer.observer = Both(display, tracking)
+        trainer.observer = Both(display, following)
         ended = trainer.run()
     trainer.peak_bytes = max(trainer.world.gather(trainer.peak_bytes))
     outcome = finish(trainer, found, ended)
@@ -135,32 +137,38 @@ def finish(trainer: Trainer, found: Preflight, ended: str) -> Outcome:
     """Write the best adapter and the summary of a run that has ended; of one that was interrupted, only return its summary."""
     if ended == "interrupted":
         return Outcome(trainer.prepared, found, _summary(trainer, ended))
+    return Outcome(trainer.prepared, found, conclude(trainer, ended))
+
+
+def conclude(trainer: Trainer, ended: str) -> dict[str, Any]:
+    """Put the best adapter into the model and the folder, write the summary of the run that has ended, and return it."""
     trainer.take_best()
     trainer.drop_masked()
     metrics = {"eval_loss": trainer.progress.best_loss} if trainer.progress.best_loss is not None else {}
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
+    summary["report"] = aftermath(trainer) if trainer.settings.report else None
     write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    return Outcome(trainer.prepared, found, summary)
+    return summary
 
 
-@contextmanager
-def _status_kept(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
-    """Say that the run is running, and that it failed where the block does, in its folder and to its trackers."""
-    trainer.folder.write_status("running", trainer.num_steps)
-    try:
-        yield
-    except BaseException:
-        with suppress(StorageError):  # a full disk may be why
-            trainer.folder.write_status("failed", trainer.num_steps)
-        tracking.finish("failed")
-        raise
-
-
-def _artifacts(summary: dict[str, Any]) -> list[Path]:
+def artifacts(summary: dict[str, Any]) -> list[Path]:
     """Return what trackers are given of a finished run; of one that was interrupted, the curve so far."""
     named = [summary["plot"]] if summary["ended"] == "interrupted" else [summary["adapter"], summary["plot"]]
     return [Path(path) for path in named if path is not None]
+
+
+def tell_trackers(following: Following, outcome: Outcome, console: Console) -> None:
+    """Wait for the trackers of a run that has ended, and say what became of it there, in its summary too."""
+    reports = following.wait()
+    if not reports:
+        return
+    outcome.summary["tracking"] = [asdict(report) for report in reports]
+    for report in reports:
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True, style="yellow" if report.fault else "")
+    summary = following.trainer.folder.path / SUMMARY_FILE
+    if summary.exists():
+        write_atomic(summary, json.dumps(outcome.summary, indent=2))
 
 
 def _console(console: Console | None, world: World) -> Console:
@@ -187,6 +195,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
     progress, folder, prepared = trainer.progress, trainer.folder, trainer.prepared
     records = folder.read_log()
     losses = [record["loss"] for record in records if "loss" in record]
+    rewards = [record["reward"] for record in records if "reward" in record]
     plot, note = str(folder.plot), ""
     try:
         plot_losses(records, folder.plot, f"{prepared.base.spec}, {prepared.settings.data.path}")
@@ -207,6 +216,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "tokens_per_s": progress.tokens / step_seconds if step_seconds else 0.0,
         "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "loss": smoothed(losses)[-1] if losses else None,
+        "reward": smoothed(rewards)[-1] if rewards else None,
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "peak_bytes": trainer.peak_bytes,
@@ -220,6 +230,7 @@ def _summary(trainer: Trainer, ended: str) -> dict[str, Any]:
         "environment": environment(),
         "data": {role: _place(path) for role, path in (("train", data.path), ("eval", data.eval_path)) if path is not None},
         "ranks": _ranks(trainer),
+        "tracking": [],
         "next": [f"luthier train --resume {folder.path}"] if ended == "interrupted" else [judge, ask],
     }
 

@@ -3,6 +3,7 @@
 config.toml           the resolved settings; `luthier train --resume` reads them
 run.jsonl             one line per step and per evaluation
 status.json           running, finished, interrupted or failed, and which process wrote so
+layers.jsonl          gradient norms of every layer, a line at every evaluation
 loss.png              the loss curve
 start/                the adapter that the run continues, where it continues one
 checkpoints/step-N/   adapter/, optimizer.safetensors, state.json: all that an exact continuation needs
@@ -28,7 +29,17 @@ from luthier.core.atomic import leftovers, new_folder, write_atomic
 from luthier.core.errors import CheckpointError, StorageError
 from luthier.formats.folder import FILES, read_adapter
 from luthier.train.parent import adapter_folder
-from luthier.train.runlog import ANCHORS, CONFIG_FILE, LOG_FILE, STATUS_FILE, SUMMARY_FILE, TRACKING, read_log, status_now
+from luthier.train.runlog import (
+    ANCHORS,
+    CONFIG_FILE,
+    LAYERS_FILE,
+    LOG_FILE,
+    STATUS_FILE,
+    SUMMARY_FILE,
+    TRACKING,
+    read_log,
+    status_now,
+)
 from luthier.train.settings import RunSettings, read_settings
 
 
@@ -56,6 +67,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.start = self.path / "start"
         self.log = self.path / LOG_FILE
+        self.layers = self.path / LAYERS_FILE
         self.plot = self.path / "loss.png"
 
     @classmethod
@@ -82,7 +94,15 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; a run needs a folder. Choose another --out")
         named = (SUMMARY_FILE, STATUS_FILE, ANCHORS, TRACKING)
-        own = (self.log, self.plot, self.checkpoints, self.adapter, self.start, *(self.path / name for name in named))
+        own = (
+            self.log,
+            self.layers,
+            self.plot,
+            self.checkpoints,
+            self.adapter,
+            self.start,
+            *(self.path / name for name in named),
+        )
         if taken := [entry.name for entry in own if entry.exists()]:
             raise CheckpointError(f"{self.path} holds {', '.join(taken)}, which this run would write; choose another --out")
 
@@ -158,11 +178,15 @@ class RunFolder:
 
     def append_log(self, record: dict[str, Any]) -> None:
         """Add one line to the log. Raises: StorageError."""
-        try:
-            with self.log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise StorageError(error.errno, f"cannot write the log: {error.strerror}", str(self.log)) from error
+        _append(self.log, record)
+
+    def append_layers(self, step: int, grad_norms: dict[str, float]) -> None:
+        """Note the gradient norms of the layers in a step. Raises: StorageError."""
+        _append(self.layers, {"step": step, "grad_norms": {path: float(f"{norm:.4g}") for path, norm in grad_norms.items()}})
+
+    def read_layers(self) -> list[dict[str, Any]]:
+        """Return what was noted of the layers, in order."""
+        return read_log(self.layers)
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the log's records; a last line that a killed writer left half-written is passed over."""
@@ -170,14 +194,24 @@ class RunFolder:
 
     def cut_log(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run does these steps again."""
-        kept = [record for record in self.read_log() if record["step"] <= step]
-        write_atomic(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+        for path in (self.log, self.layers):
+            kept = [record for record in read_log(path) if record["step"] <= step]
+            if kept or path.exists() or path == self.log:
+                write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _prune(self, keep: set[int]) -> None:
         names = {self.step_folder(step).name for step in keep}
         for folder in self.checkpoints.glob("step-*"):
             if folder.name not in names:
                 shutil.rmtree(folder)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot write the log: {error.strerror}", str(path)) from error
 
 
 def _digest(progress: Progress, raw: bytes) -> str:

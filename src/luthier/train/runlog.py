@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE, STATUS_FILE = "config.toml", "run.jsonl", "summary.json", "status.json"
+LAYERS_FILE = "layers.jsonl"
 ANCHORS, TRACKING = "anchors", "tracking"
 
 

@@ -49,7 +49,7 @@ class RunEntry:
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self.path.absolute().name
+        return self.path.resolve().name
 
     def as_dict(self) -> dict[str, Any]:
         """Return the columns as plain values."""
@@ -137,7 +137,7 @@ def opened(path: str | Path) -> RunEntry:
 
 def labelled(entries: Sequence[RunEntry]) -> dict[str, RunEntry]:
     """Return runs by their names, or by their paths where two have one name. Raises: ConfigError if one is named twice."""
-    if len({one.path.absolute() for one in entries}) < len(entries):
+    if len({one.path.resolve() for one in entries}) < len(entries):
         raise ConfigError("one run is named twice; name each once")
     names = [one.name for one in entries]
     return {one.name if names.count(one.name) == 1 else str(one.path): one for one in entries}

@@ -13,7 +13,7 @@ from luthier.core.config import PEFT_TYPES, AdaLoraConfig, LoraConfig
 from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.methods import CATALOGUE, LOFTQ, METHOD_NAMES, Method
 from luthier.core.settings import Settings
-from luthier.train.objectives.settings import ObjectiveSettings, SftSettings
+from luthier.train.objectives.settings import ObjectiveSettings, RolloutSettings, SftSettings
 from luthier.train.parent import continued_config
 
 DEFAULT_R = 16
@@ -23,7 +23,7 @@ LATER = ("objective",)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TrackerName = Literal["mlflow", "tensorboard", "trackio", "wandb"]
-LOOKING_ON = frozenset({"anchors", "track", "track_patience", "track_project"})
+LOOKING_ON = frozenset({"anchors", "report", "track", "track_patience", "track_project"})
 """Settings of [train] that change no number: they have no part in a run's digest, nor in the recipe of its adapter."""
 
 
@@ -87,6 +87,9 @@ class TrainSettings(Settings):
     freeze_A: bool = Field(False, description="LoRA-FA: lora_A stays as it began, only lora_B is trained")
     anchors: int = Field(
         0, ge=0, description="keep the adapter as it began, and at so many evenly spaced steps, for `luthier runs trajectory`"
+    )
+    report: bool = Field(
+        default=True, description="look after training whether the model stops by itself, and how far each layer moved"
     )
     track: tuple[TrackerName, ...] = Field((), description="send the run's figures to these too: docs/tracking.md")
     track_project: str | None = Field(None, min_length=1, description="project (MLflow: experiment) there; default: luthier")
@@ -154,8 +157,23 @@ class RunSettings(Settings):
             raise ValueError("train.patience needs held-out rows: set data.eval_path or data.eval_fraction")
         if self.train.freeze_A and isinstance(self.lora, AdaLoraConfig):
             raise ValueError("train.freeze_A leaves AdaLoRA nothing to measure lora_A by; leave one of the two out")
-        if (self.data.prompt is None) != (self.data.completion is None):
+        asks_only = isinstance(self.objective, RolloutSettings)
+        if (self.data.prompt is None) != (self.data.completion is None) and not asks_only:
             raise ValueError("data.prompt and data.completion belong together; give both or neither")
+        if asks_only and self.train.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate has no effect with objective {self.objective.kind!r}: a step is objective.prompts prompts, "
+                "in as many forward passes as train.batch_tokens needs; leave it out"
+            )
+        if asks_only and self.train.shard != "none":
+            raise ValueError(
+                f"objective {self.objective.kind!r} answers in unlike numbers of passes on each process, and a base that is "
+                "sharded wants the same of all; leave train.shard out"
+            )
+        if isinstance(self.objective, RolloutSettings) and self.objective.iterations > 1 and (self.train.processes or 1) > 1:
+            raise ValueError(
+                "objective.iterations above 1 needs one process, since a checkpoint holds the answers of one; set it to 1"
+            )
         if self.train.loraplus_lr_embedding is not None and self.train.loraplus_lr_ratio is None:
             raise ValueError("train.loraplus_lr_embedding has no effect without train.loraplus_lr_ratio")
         if self.train.full and self.adapter is not None:
@@ -165,12 +183,17 @@ class RunSettings(Settings):
         if self.objective.kind != "sft" and self.lora.lora_dropout:
             raise ValueError(
                 f"lora.lora_dropout has no place in the objective {self.objective.kind!r}, which compares the model with what it "
-                "was: different parts of the two would be missing; leave it out"
+                "was: different parts of the two would be missing; set it to 0"
             )
-        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ:
+        if self.objective.kind != "sft" and self.lora.init_lora_weights == LOFTQ and self.adapter is None:
             raise ValueError(
                 f"objective {self.objective.kind!r} is measured against the base without the adapter, which with init 'loftq' is "
                 "not the model that training begins with; use another init"
+            )
+        if self.objective.kind == "kto" and self.train.shard != "none":
+            raise ValueError(
+                f"objective 'kto' makes passes of its own before a step, which train.shard {self.train.shard!r} is not made for; "
+                "leave train.shard out: each process then holds the base"
             )
         if self.objective.kind == "reward" and self.train.full:
             raise ValueError(
@@ -212,7 +235,7 @@ class RunSettings(Settings):
 
     def to_toml(self) -> str:
         """Return the settings as TOML that reads back to the same settings."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        return tomli_w.dumps(without_none(self.model_dump(mode="json")))
 
 
 def read_settings(path: str | Path | None, overrides: dict[str, Any] | None = None) -> RunSettings:
@@ -220,17 +243,20 @@ def read_settings(path: str | Path | None, overrides: dict[str, Any] | None = No
 
     Raises: ConfigError for a file that is not there or not TOML, for unknown keys (with near misses) and bad values.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"there is no settings file {path}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from None
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    return RunSettings(**_merged(values, _without_none(overrides or {})))
+    values = read_toml(path) if path is not None else {}
+    return RunSettings(**merged(values, without_none(overrides or {})))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Return the values of a TOML file. Raises: ConfigError for one that is not there, or not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no settings file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def settings_of_recipe(
@@ -251,7 +277,7 @@ def settings_of_recipe(
     for role, key in (("train", "path"), ("eval", "eval_path")):
         if places and role in places and data.get(key):
             data[key] = places[role]
-    return RunSettings(**_without_none(values | {"model": model, "out": out, "lora": lora, "data": data}))
+    return RunSettings(**without_none(values | {"model": model, "out": out, "lora": lora, "data": data}))
 
 
 def _twice(r: Any) -> int:
@@ -303,12 +329,20 @@ def _is_used(method: Method, settings: RunSettings) -> bool:
     )
 
 
-def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values with those of `top` in the place of the same ones in `base`."""
+    found = dict(base)
     for key, value in top.items():
-        merged[key] = _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-    return merged
+        found[key] = merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return found
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None}
+def without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values without those that are None, for which TOML has no word."""
+    return {key: _each_without_none(value) for key, value in values.items() if value is not None}
+
+
+def _each_without_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_each_without_none(each) for each in value]
+    return without_none(value) if isinstance(value, dict) else value

@@ -78,6 +78,16 @@ def test_what_was_learnt_is_won_and_what_was_not_is_not(judgement):
     assert judgement.adapter.loss.loss < judgement.base.loss.loss
 
 
+def test_a_base_that_is_known_is_not_asked_again(taught, judgement):
+    model, _, tokenizer, examples, encoded = taught
+    steps = []
+    told = {"encoded": encoded, "on_progress": lambda *step: steps.append(step), **SETTINGS}
+    assert judge(model, tokenizer, examples, known=judgement, **told) == judgement
+    assert {stage.split(":")[0] for stage, _, _ in steps} == {"adapter"}
+    with pytest.raises(DataError, match="is of other rows"):
+        judge(model, tokenizer, examples[1:], known=judgement, **SETTINGS)
+
+
 def test_inside_a_disabled_block_there_is_no_adapter_to_judge(taught, judgement):
     model, _, tokenizer, examples, _ = taught
     with disabled(model):

@@ -1,6 +1,7 @@
 """A run that goes on from an adapter: what it takes over, what it refuses, what it remembers, and that it resumes."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.preference_rows import pairs, write
 from tests.tiny_run import save_tiny_model, write_rows
 from tests.unit.train.test_resume import LIVELY, crashed_run, outcome
 
 from luthier.adapt.attaching import attach
+from luthier.adapt.merging import merge
 from luthier.adapt.state import adapter_parameters, roster_of
 from luthier.core.config import LoraConfig
 from luthier.core.errors import BaseMismatchError, CheckpointError, ConfigError
@@ -20,10 +23,9 @@ from luthier.engine.score import held_out_loss
 from luthier.formats.adapters import load_adapter, save_adapter
 from luthier.formats.note import TENSOR_FILE, sha256
 from luthier.models.load import load_model
-from luthier.train.objectives.sft import Sft
 from luthier.train.prepare import prepare
 from luthier.train.reference import reference
-from luthier.train.run import train
+from luthier.train.run import resume, train
 from luthier.train.runfolder import RunFolder
 from luthier.train.settings import RunSettings, read_settings, settings_of_recipe
 
@@ -135,15 +137,11 @@ def test_a_continued_run_resumes_with_the_same_bits_without_its_parent(run_setti
     gone = shutil.copytree(parent / "adapter", tmp_path / "gone")
     cut = crashed_run(continuing(run_settings, gone, out="cut", **lively), 4)
     shutil.rmtree(gone)
-    from luthier.train.run import resume
-
     resume(cut)
     assert outcome(cut) == outcome(Path(whole.out))
 
 
 def test_a_start_that_was_exchanged_is_refused(run_settings: Make, parent: Path) -> None:
-    from luthier.train.run import resume
-
     cut = crashed_run(continuing(run_settings, parent, out="cut", train=LIVELY["train"]), 4)
     (cut / "start" / "luthier.json").unlink()
     stored = load_file(cut / "start" / TENSOR_FILE)
@@ -152,9 +150,56 @@ def test_a_start_that_was_exchanged_is_refused(run_settings: Make, parent: Path)
         resume(cut)
 
 
-def test_the_reference_is_a_frozen_copy_of_the_parent(run_settings: Make, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sft, "needs_reference", True)  # as an objective that measures against where it began
-    prepared = prepare(continuing(run_settings, parent))
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("preferences")
+    write(folder / "pairs.jsonl", pairs(12))
+    write(folder / "held-out.jsonl", pairs(5, start=40))
+    return {"path": str(folder / "pairs.jsonl"), "eval_path": str(folder / "held-out.jsonl")}
+
+
+def answer_log_probs(base: str, adapter: Path, rows: list[Any]) -> torch.Tensor:
+    """Return the log probability of each row's answer under plain transformers with the adapter merged in: the oracle."""
+    model = load_model(base, dtype="float32").model
+    load_adapter(model, adapter)
+    merge(model)
+    found = []
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        with torch.no_grad():
+            each = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        told = labels != -100
+        found.append(each[told, labels[told]].sum())
+    return torch.stack(found)
+
+
+def test_dpo_measures_against_the_adapter_that_it_goes_on_from(
+    run_settings: Make, parent: Path, preferences: dict[str, str], tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "objective": {"kind": "dpo", "beta": 0.4},
+        "data": preferences,
+        "train": {"batch_rows": 4, "epochs": 3, "learning_rate": 0.02, "eval_every": 3, "save_every": 1},
+    }
+    gone = shutil.copytree(parent / "adapter", tmp_path / "gone")
+    done = train(continuing(run_settings, gone, out="whole", **sections))
+    log = RunFolder(done.prepared.settings.out).read_log()
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # it is its own reference before the first step
+    base, rows = str(done.prepared.base.path), done.prepared.rows.held_out.rows
+    ratios = answer_log_probs(base, done.adapter, rows) - answer_log_probs(base, parent / "adapter", rows)
+    margins = 0.4 * (ratios[::2] - ratios[1::2])
+    best = next(record for record in log if record.get("is_best") and record["step"] == done.summary["best_step"])
+    assert best["eval_rewards/margin"] == pytest.approx(float(margins.mean()), abs=1e-4)
+    assert abs(float(margins.mean())) > 1e-2
+
+    cut = crashed_run(continuing(run_settings, gone, out="cut", **sections), 4)
+    shutil.rmtree(gone)
+    resume(cut)
+    assert outcome(cut) == outcome(Path(done.prepared.settings.out))
+
+
+def test_the_reference_is_a_frozen_copy_of_the_parent(run_settings: Make, parent: Path, preferences: dict[str, str]) -> None:
+    prepared = prepare(continuing(run_settings, parent, objective={"kind": "dpo"}, data=preferences))
     model = prepared.base.model
     assert prepared.frozen == "default-start"
     ids = torch.arange(3, 20).unsqueeze(0)
@@ -172,7 +217,20 @@ def test_the_reference_is_a_frozen_copy_of_the_parent(run_settings: Make, parent
     assert torch.equal(now, again)
     assert not any(item.parameter.requires_grad for item in adapter_parameters(model, prepared.frozen))
     assert all(item.parameter.requires_grad for item in adapter_parameters(model))
-    assert prepare(run_settings()).frozen is None
+    assert prepare(continuing(run_settings, parent)).frozen is None
+
+
+def test_an_adapter_without_a_score_head_does_not_become_a_reward_model(
+    run_settings: Make, parent: Path, preferences: dict[str, str]
+) -> None:
+    settings = continuing(run_settings, parent, objective={"kind": "reward"}, data=preferences, out="second")
+    with pytest.raises(ConfigError, match=r"this objective trains score too, which the adapter .* does not have"):
+        train(settings)
+    fresh = train(run_settings(objective={"kind": "reward"}, data=preferences, out="reward", **SHORT))
+    again = train(continuing(run_settings, fresh.adapter, objective={"kind": "reward"}, data=preferences, out="third", **SHORT))
+    before, after = (load_file(folder / TENSOR_FILE) for folder in (fresh.adapter, again.adapter))
+    assert before.keys() == after.keys()
+    assert any("score" in key and not torch.equal(before[key], after[key]) for key in before)
 
 
 def test_an_adapter_on_loftqs_own_weights_is_continued_on_those(run_settings: Make) -> None:

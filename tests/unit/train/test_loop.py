@@ -20,8 +20,9 @@ from luthier.adapt.state import adapter_parameters
 from luthier.core.errors import TrainingError
 from luthier.formats.adapters import adapter_tensors, fingerprint_of
 from luthier.models.load import load_model
-from luthier.train.loop import EvalRecord, StepRecord, Trainer
+from luthier.train.loop import Trainer
 from luthier.train.prepare import Prepared, prepare
+from luthier.train.records import EvalRecord, StepRecord
 from luthier.train.rows import read_and_encode
 from luthier.train.run import train
 from luthier.train.runfolder import RunFolder

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.preference_rows import pairs, write
 from tests.tiny_run import count_language_models
 from tests.unit.train.test_resume import LIVELY, Crash, outcome
 
@@ -153,12 +154,42 @@ def test_ranks_that_move_are_moved_in_their_own_run_only(run_settings: Make, tmp
         assert outcome(Path(settings.out)) == outcome(tmp_path / "many" / Path(settings.out).name)
 
 
+def test_objectives_go_side_by_side_where_they_leave_the_base_alone(run_settings: Make, tmp_path: Path) -> None:
+    write(tmp_path / "pairs.jsonl", pairs(10))
+    preferences = {"path": str(tmp_path / "pairs.jsonl"), "eval_path": None, "eval_fraction": 0.3}
+
+    def both(place: str) -> list[RunSettings]:
+        liked = {"objective": {"kind": "dpo"}, "data": preferences, "lora": {"r": 4}}
+        return [run_settings(out=f"{place}/liked", **liked), run_settings(out=f"{place}/wide", **RUNS["wide"])]
+
+    train_many(both("many"))
+    for settings in both("alone"):
+        train(settings)
+        assert outcome(Path(settings.out)) == outcome(tmp_path / "many" / Path(settings.out).name)
+    scored = run_settings(out="scored", objective={"kind": "reward"}, data=preferences)
+    with pytest.raises(ConfigError, match="scored: objective reward puts a head of its own into the base"):
+        check_together([scored, run_settings(out="wide")])
+
+
+def test_each_run_has_a_status_and_trackers_of_its_own(run_settings: Make, tmp_path: Path) -> None:
+    names = ["wide", "few"]
+    settings = settings_of(run_settings, "many", names)
+    tracked = [each.changed(train=each.train.changed(track=["tensorboard"])) for each in settings]
+    done = train_many(tracked)
+    for name, each in zip(names, done, strict=True):
+        assert [report["tracker"] for report in each.summary["tracking"]] == ["tensorboard"]
+        assert list((tmp_path / "many" / name).rglob("events.out.tfevents*"))
+        assert json.loads((tmp_path / "many" / name / "status.json").read_text())["status"] == "finished"
+
+
 def test_a_run_that_fails_spares_the_others(run_settings: Make, alone: Path, tmp_path: Path) -> None:
     good = settings_of(run_settings, "some", ["wide"])
     bad = run_settings(out="some/bad", train={"learning_rate": 1e30, "warmup": 0.0, "batch_rows": 3, "eval_every": 100})
     with pytest.raises(TrainingError, match=r"bad: the .* is (nan|inf)") as error:
         train_many([*good, bad])
     assert f"go on with them by: luthier train --resume {good[0].out}" in str(error.value)
+    told = [json.loads(Path(each.out, "status.json").read_text())["status"] for each in (*good, bad)]
+    assert told == ["interrupted", "failed"]
     resume(good[0].out)
     assert outcome(tmp_path / "some/wide") == outcome(alone / "wide")
 

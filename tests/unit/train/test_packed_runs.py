@@ -17,8 +17,9 @@ from luthier.data.batches import Batch, PackedBatch
 from luthier.engine.score import held_out_loss
 from luthier.layers.fused import FusedModule
 from luthier.models.load import load_model
-from luthier.train.loop import StepRecord, Trainer
+from luthier.train.loop import Trainer
 from luthier.train.prepare import prepare
+from luthier.train.records import StepRecord
 from luthier.train.run import Outcome, resume, train
 from luthier.train.runfolder import RunFolder
 from luthier.train.settings import RunSettings

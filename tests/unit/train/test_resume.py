@@ -15,8 +15,9 @@ from tests.tiny_run import save_tiny_model, write_rows
 from luthier.adapt import fusing
 from luthier.core.errors import BaseMismatchError, CheckpointError, LuthierError, StorageError
 from luthier.train.estimate import _kept_bytes
-from luthier.train.loop import StepRecord, Trainer
+from luthier.train.loop import Trainer
 from luthier.train.prepare import prepare
+from luthier.train.records import StepRecord
 from luthier.train.run import resume, train
 from luthier.train.runfolder import Progress, RunFolder
 from luthier.train.settings import RunSettings

@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.core.errors import ConfigError, MissingExtraError
+from luthier.core.errors import ConfigError, MissingExtraError, TrainingError
+from luthier.train.many import train_many
 from luthier.train.run import Outcome, resume, train
 from luthier.train.settings import RunSettings
 from luthier.train.tracking import base
@@ -377,6 +378,54 @@ def test_a_run_that_is_killed_has_failed(tmp_path: Path) -> None:
     assert found.Scalars("loss")[0].value == 0.25
     assert "| status | failed |" in found.Tensors("status/text")[-1].tensor_proto.string_val[0].decode()
     channel.process.wait()
+
+
+def statuses(folder: Path) -> list[str]:
+    """Return the words that a run's TensorBoard files end with."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tracking" / "tensorboard"))
+    found.Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in found.Tensors("status/text")]
+    return [text.split("| status | ")[1].split(" |")[0] for text in texts]
+
+
+WATCHED = {"track": ["tensorboard"], "track_patience": LONG, "compile": "off"}
+
+
+def test_a_run_that_fails_has_failed_there_too(run_settings: Make) -> None:
+    settings = run_settings(train={"learning_rate": 1e30, "epochs": 9, **WATCHED})
+    with pytest.raises(TrainingError):
+        train(settings)
+    assert statuses(Path(settings.out)) == ["failed"]
+
+
+def test_runs_over_one_base_are_followed_each_by_itself(run_settings: Make, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = [run_settings(out=name, train={"max_steps": steps, **WATCHED}) for name, steps in (("one", 2), ("two", 4))]
+    outcomes = train_many(runs)
+    assert [outcome.summary["tracking"][0]["fault"] for outcome in outcomes] == ["", ""]
+    for settings, steps in zip(runs, (2, 4), strict=True):
+        folder = Path(settings.out)
+        found = EventAccumulator(str(folder / "tracking" / "tensorboard"))
+        found.Reload()
+        lines = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+        logged = [float(np.float32(line["loss"])) for line in lines if "loss" in line]
+        assert [event.value for event in found.Scalars("loss")] == logged
+        assert len(logged) == steps
+        assert statuses(folder) == ["finished"]
+        assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+
+
+def test_a_tracker_that_cannot_be_started_is_told(
+    run_settings: Make, untracked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    settings = run_settings(train=WATCHED)
+    (told,) = train(settings).summary["tracking"]
+    assert "it could not be started" in told["fault"]
+    assert result_of(Path(settings.out)) == untracked
 
 
 class Flaky:

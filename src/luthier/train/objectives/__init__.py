@@ -11,6 +11,8 @@ OBJECTIVES = {
     "dpo": "luthier.train.objectives.dpo:Dpo",
     "kto": "luthier.train.objectives.kto:Kto",
     "reward": "luthier.train.objectives.reward:Reward",
+    "grpo": "luthier.train.objectives.grpo:Grpo",
+    "ppo": "luthier.train.objectives.ppo:Ppo",
 }
 """Kind -> module and class. Named, not imported: settings are read without torch."""
 

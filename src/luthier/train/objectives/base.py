@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from luthier.core.config import LoraConfig
+from luthier.formats.folder import AdapterFolder
+from luthier.train.schedule import plan_steps
 from luthier.train.world import World
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from luthier.train.prepare import Prepared
     from luthier.train.rows import Rows
+    from luthier.train.schedule import Step
     from luthier.train.settings import RunSettings
 
 
@@ -41,6 +44,9 @@ class Objective(ABC):
     world: World = World()
     """The processes of the run, as its Trainer knows them."""
 
+    changes_base: ClassVar[bool] = False
+    """Whether `made_ready` puts something into the base, which other runs over the same one would find there."""
+
     def __init__(self, prepared: "Prepared"):
         self.prepared = prepared
         self.model = prepared.base.model
@@ -54,6 +60,16 @@ class Objective(ABC):
     def made_ready(cls, model: "PreTrainedModel", lora: LoraConfig, seed: int) -> LoraConfig:
         """Put into a base what the objective needs there, before adapters; return the configuration of the adapter with it."""
         return lora
+
+    @classmethod
+    def continued(cls, folder: AdapterFolder, model: "PreTrainedModel") -> AdapterFolder:
+        """Return a stored adapter that is to be trained on, with what the objective needs of it and it may lack."""
+        return folder
+
+    @classmethod
+    def planned(cls, lengths: Sequence[int], settings: "RunSettings", *, packed: bool) -> "list[tuple[int, Step]]":
+        """Return (epoch, micro-batches) of every step; `lengths` are the items', in tokens."""
+        return plan_steps(lengths, settings.train, packed=packed)
 
     @abstractmethod
     def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
@@ -74,6 +90,14 @@ class Objective(ABC):
     def figures(self) -> dict[str, float]:
         """Return what else is told of the last step as a whole."""
         return {}
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether the last step may have had nothing to teach, so that gradients of zero are no fault."""
+        return False
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give back what is only needed while steps are made; it is made again where it is needed again."""
 
     def extra_parameters(self) -> dict[str, nn.Parameter]:
         """Return what is trained beside the adapter and is no part of it, by name. Its values are in `state`."""

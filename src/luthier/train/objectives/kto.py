@@ -95,7 +95,8 @@ class Kto(PreferenceObjective):
 
     def step_batches(self, step: int, planned: Sequence[Sequence[int]]) -> list[MicroBatch]:
         batches = super().step_batches(step, planned)
-        kl = self._divergence([batch.data.answers.rows for batch in batches])
+        total, count = self.world.sum(self._ratios([batch.data.answers.rows for batch in batches]))
+        kl = _clamped(total, count)
         self.last_kl = float(kl)
         marks = [mark for batch in batches for mark in batch.data.marks]
         good, all_answers = self.world.sum([sum(marks), len(marks)])
@@ -104,7 +105,7 @@ class Kto(PreferenceObjective):
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         given: MarkedAnswers = batch.data
-        kl = self._divergence([given.answers.rows]) if given.kl is None else given.kl
+        kl = _clamped(*self._ratios([given.answers.rows])) if given.kl is None else given.kl
         found = self.reference_log_probs(given.answers)
         each, rewards = self._losses(self.log_probs(given.answers), found, given.marks, kl)
         good = torch.tensor(given.marks, device=rewards.device)
@@ -122,7 +123,7 @@ class Kto(PreferenceObjective):
         batches = batches_by_length([len(row) for (row,) in self.held_out_items], max_tokens=BATCH_TOKENS)
         total, rewards, marks = 0.0, [], []
         with evaluating(self.model):
-            kl = self._divergence([[self.held_out_items[place][0] for place in places] for places in batches])
+            kl = _clamped(*self._ratios([[self.held_out_items[place][0] for place in places] for places in batches]))
             for places in batches:
                 answers = self.answers([self.held_out_items[place] for place in places])
                 is_good = [self.rows.held_out_marks[place] for place in places]
@@ -149,8 +150,8 @@ class Kto(PreferenceObjective):
             undesirable_weight=self.settings.undesirable_weight,
         )
 
-    def _divergence(self, groups: Sequence[Sequence[EncodedRow]]) -> Tensor:
-        """Return KTO's estimate over micro-batches of rows (of all processes): a scalar, 0 where there is nothing to go by."""
+    def _ratios(self, groups: Sequence[Sequence[EncodedRow]]) -> tuple[float, float]:
+        """Return the sum of the log-ratios of mismatched answers, over micro-batches of rows, and their number."""
         total, count = 0.0, 0
         with torch.no_grad():
             for group in groups:
@@ -160,8 +161,7 @@ class Kto(PreferenceObjective):
                 answers = self.answers([[row] for row in rows])
                 difference = self.log_probs(answers) - self.reference_log_probs(answers)
                 total, count = total + float(difference.sum()), count + len(rows)
-        total, all_rows = self.world.sum([total, count])
-        return losses.kto_kl(torch.tensor([total / max(1.0, all_rows)]), torch.zeros(1))
+        return total, count
 
     def _warn_of_balance(self) -> None:
         """Say so where good and bad answers weigh very differently in all. Source: the paper's section 4.2."""
@@ -172,6 +172,11 @@ class Kto(PreferenceObjective):
                 f"good answers weigh {good:g} in all and bad ones {bad:g}; KTO wants a ratio of 1 to 1.33: "
                 f"set objective.desirable_weight or objective.undesirable_weight"
             )
+
+
+def _clamped(total: float, count: float) -> Tensor:
+    """Return the estimate of the divergence: a scalar, 0 where there is nothing to go by."""
+    return losses.kto_kl(torch.tensor([total / max(1.0, count)]), torch.zeros(1))
 
 
 def mismatched(rows: Sequence[EncodedRow], max_length: int) -> list[EncodedRow]:

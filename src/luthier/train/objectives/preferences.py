@@ -2,7 +2,8 @@
 
 The reference is the same model with its adapter silent (or the frozen copy of the adapter that a run continues), so its share
 of the memory is one forward pass without gradients, over before the other begins. It never changes, so what it said of an item
-is kept: the second epoch does not ask again.
+is kept: the second epoch does not ask again. Several processes ask each time, since an item comes to another of them in each
+epoch, and where they share the base's weights all must make the same passes.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from luthier.adapt.state import adapter_prefixes
 from luthier.core.errors import ConfigError
 from luthier.data.batches import Batch, PackedBatch, collate, pack
 from luthier.data.encode import EncodedRow, EncodedSet, encode
@@ -115,14 +117,15 @@ class PreferenceObjective(Objective):
 
     def reference_log_probs(self, answers: Answers) -> Tensor:
         """Return what the reference gives each row's answer: (rows,). It is asked once about an item of the training rows."""
-        if answers.indices is not None:
+        keeps = answers.indices is not None and self.world.size == 1
+        if keeps:
             known = self.known[answers.indices].flatten()
             if not bool(known.isnan().any()):
                 return known.to(self.model.device)
         with torch.no_grad(), reference(self.model, self.prepared.frozen):
             found = self.log_probs(answers)
-        if answers.indices is not None:
-            self.known[answers.indices] = found.view(len(answers.indices), -1).to(self.known)
+        if keeps:
+            self.known[answers.indices] = found.view(len(self.known[answers.indices]), -1).to(self.known)
         return found
 
     def evaluate(self) -> dict[str, float]:
@@ -159,15 +162,18 @@ def tokens_of(rows: Sequence[EncodedRow]) -> list[int]:
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Let no module of the model drop anything: a log-ratio would compare two models with different parts missing.
+    """Let no module of the base drop anything: a log-ratio would compare two models with different parts missing.
 
-    The settings refuse an adapter's dropout, so this is about the base's own.
+    An adapter's own dropout is refused by the settings; that of other adapters on the same base is not this run's.
     """
-    for module in model.modules():
+    inside = adapter_prefixes(model)
+    for path, module in model.named_modules():
+        if f"{path}.".startswith(inside):
+            continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
 def _grouped(rows: Sequence[EncodedRow], width: int) -> list[list[EncodedRow]]:

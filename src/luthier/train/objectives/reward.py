@@ -5,13 +5,16 @@ The score is a product of the last token's hidden state with a head that is trai
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from luthier.adapt.score_head import add_score_head, scoring_config
+from luthier.adapt.score_head import SCORE, add_score_head, scoring_config
 from luthier.core.config import LoraConfig
 from luthier.engine.reward_model import scores_of
+from luthier.formats.folder import AdapterFolder
+from luthier.formats.keys import whole_key
 from luthier.train.objectives.base import MicroBatch
 from luthier.train.objectives.losses import bradley_terry
 from luthier.train.objectives.preferences import Answers, PairRows, PreferenceObjective, read_pairs
@@ -27,6 +30,7 @@ class Reward(PreferenceObjective):
     """How surely the scores prefer the chosen answers, a mean over pairs; by at least the pair's margin where it has one."""
 
     needs_reference = False
+    changes_base = True
 
     def __init__(self, prepared: "Prepared"):
         super().__init__(prepared)
@@ -40,6 +44,12 @@ class Reward(PreferenceObjective):
     def made_ready(cls, model: "PreTrainedModel", lora: LoraConfig, seed: int) -> LoraConfig:
         add_score_head(model, seed=seed)
         return scoring_config(lora)
+
+    @classmethod
+    def continued(cls, folder: AdapterFolder, model: "PreTrainedModel") -> AdapterFolder:
+        key = whole_key(SCORE, "weight")
+        tensors = {key: model.get_parameter(f"{SCORE}.weight").detach().float()} | folder.tensors
+        return replace(folder, config=scoring_config(folder.config), tensors=tensors)
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         answers: Answers = batch.data

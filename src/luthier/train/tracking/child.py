@@ -146,7 +146,9 @@ def arriving(handle: int) -> Iterator[list[dict[str, Any]]]:
 def main() -> None:
     """Serve one tracker until the run ends."""
     kind = sys.argv[1]
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    messages, answers = os.dup(0), os.fdopen(os.dup(1), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # who asks a question here (a login) gets no answer, instead of a line of ours
     os.dup2(2, 1)
     os.nice(NICENESS)  # the run comes first
     os.environ.update(OPT_OUT)
@@ -156,7 +158,7 @@ def main() -> None:
     def answer(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")
 
-    answer({"report": carry(Carrier(make, answer, time.monotonic), arriving(0))})
+    answer({"report": carry(Carrier(make, answer, time.monotonic), arriving(messages))})
     answers.flush()
     # Past their exit handlers, which may wait for a server; what had to be written has been.
     sys.stderr.flush()

@@ -1,24 +1,43 @@
-"""Tracking: shows a run to all of its trackers at once."""
+"""Following: shows a run to all of its trackers at once, and keeps its status."""
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.core.environment import environment
+from luthier.core.errors import StorageError
 from luthier.train.runlog import TRACKING
 from luthier.train.tracking.base import Record, RunFacts, Status, flattened
 from luthier.train.tracking.channel import Channel, Report
 
 if TYPE_CHECKING:
-    from luthier.train.loop import EvalRecord, StepRecord, Trainer
+    from luthier.train.loop import Trainer
+    from luthier.train.records import EvalRecord, StepRecord
+
+STATUS: dict[str, Status] = {"failed": "failed", "interrupted": "interrupted"}
+"""How a run ended -> the word for it in trackers; every other end is "finished"."""
 
 
-class Tracking:
-    """The trackers of one run. An observer of its steps; where there are no trackers it does nothing."""
+class Following:
+    """What is told of a run while it goes on: its status, in its folder, and its figures, to the trackers of its settings.
 
-    def __init__(self, channels: Sequence[Channel] = (), patience: float = 0.0):
-        self.channels, self.patience = list(channels), patience
+    An observer of the run's steps. Whoever makes one says by `end` how the run ended, also where it failed.
+    """
+
+    def __init__(self, trainer: "Trainer"):
+        self.trainer, self.has_ended = trainer, False
+        trainer.folder.write_status("running", trainer.num_steps)
+        names = trainer.settings.track
+        facts = run_facts(trainer) if names else RunFacts("", "")
+        self.channels: list[Channel] = []
+        self.unopened: list[Report] = []
+        for name in names:
+            try:
+                self.channels.append(Channel(name, facts))
+            except OSError as error:  # no room for its files, or no process to be had: no reason to end a run
+                self.unopened.append(Report(name, None, 0, 0, f"it could not be started: {error}"))
 
     def on_step(self, record: "StepRecord") -> None:
         """Send the figures of a step."""
@@ -28,33 +47,30 @@ class Tracking:
         """Send the figures of an evaluation."""
         self._send(record)
 
-    def finish(self, status: Status, artifacts: Sequence[Path] = ()) -> list[Report]:
-        """Tell all trackers how the run ended, and wait for those that answer."""
+    def end(self, ended: str, artifacts: Sequence[Path] = ()) -> None:
+        """Tell how the run ended ("failed", or what `Trainer.run` returns), if that has not been told; waits for nobody."""
+        if self.has_ended:
+            return
+        self.has_ended = True
         for channel in self.channels:
-            channel.finish(status, artifacts)
-        reports = [channel.wait(self.patience) for channel in self.channels]
-        self.channels = []
-        return reports
+            channel.finish(STATUS.get(ended, "finished"), artifacts)
+        with suppress(StorageError) if ended == "failed" else nullcontext():  # a full disk may be why it failed
+            self.trainer.folder.write_status(ended, self.trainer.num_steps)
+
+    def wait(self) -> list[Report]:
+        """Wait for those trackers that answer, and return what became of the run in each."""
+        return self.unopened + [channel.wait(self.trainer.settings.track_patience) for channel in self.channels]
 
     def _send(self, record: "StepRecord | EvalRecord") -> None:
         if not self.channels:
             return
-        from luthier.train.loop import log_line
+        from luthier.train.records import log_line
 
         line = log_line(record)
         step = line.pop("step")
         figures = {key: int(value) if isinstance(value, bool) else value for key, value in line.items()}
         for channel in self.channels:
             channel.send(Record(step, time.time(), figures))
-
-
-def tracking_of(trainer: "Trainer") -> Tracking:
-    """Open the trackers that the settings name, for the first process of a run."""
-    settings = trainer.settings
-    if trainer.world.rank:
-        return Tracking()
-    facts = run_facts(trainer)
-    return Tracking([Channel(name, facts) for name in settings.track], settings.track_patience)
 
 
 def run_facts(trainer: "Trainer") -> RunFacts:

@@ -203,6 +203,32 @@ def test_settings_without_effect(settings_of: Make) -> None:
     assert settings_of({"kind": "dpo"}).objective.beta == 0.1  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_the_reference_of_a_continued_run_is_the_adapter_it_began_with(name: str, settings_of: Make, settings_in: Make) -> None:
+    """Not the base: at the first step the model is its own reference, so nothing is preferred and nothing has diverged."""
+    first = train(settings_of({"kind": "dpo", "loss": "orpo"}, out="first"))
+    settings = settings_of(OBJECTIVES[name], out="second", adapter=str(first.adapter))
+    second = train(settings)
+    steps = [record for record in log_of(second) if "loss" in record]
+    assert steps[0]["loss"] == pytest.approx(0.5 if name == "kto" else math.log(2), abs=1e-5)
+    assert min(record["loss"] for record in steps) < steps[0]["loss"] - 1e-3
+    carried_on = settings_of(OBJECTIVES[name], out="cut", adapter=str(first.adapter), train=LEARN | {"save_every": 1})
+    trainer = Trainer(prepare(carried_on), RunFolder.create(carried_on))
+    with trainer.running():
+        for _ in range(5):
+            trainer.advance()
+    assert all(torch.equal(*pair) for pair in zip(factors(second), factors(resume(carried_on.out)), strict=True))
+
+
+def test_a_reward_model_may_begin_with_a_tuned_adapter(settings_of: Make) -> None:
+    first = train(settings_of({"kind": "dpo", "loss": "orpo"}, out="first"))
+    second = train(settings_of({"kind": "reward"}, out="second", adapter=str(first.adapter)))
+    folder = read_adapter(second.adapter)
+    assert folder.config.modules_to_save == ["score"] and folder.config.task_type == "SEQ_CLS"
+    steps = [record["loss"] for record in log_of(second) if "loss" in record]
+    assert steps[-1] < steps[0]
+
+
 def test_the_recipe_of_a_reward_model(settings_of: Make) -> None:
     outcome = train(settings_of({"kind": "reward"}, train={"max_steps": 2}))
     folder = read_adapter(outcome.adapter)
