@@ -30,6 +30,7 @@ class Prompt:
 
     @property
     def turns(self) -> tuple[Message, ...]:
+        """What is said before the last answer."""
         said = self.example.messages
         last = max(place for place, message in enumerate(said) if message.role == "assistant")
         return said[:last]
