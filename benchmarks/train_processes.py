@@ -39,10 +39,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = write_rows(arguments, Path(scratch, "rows.jsonl"))
         found = {name: run(arguments, rows, Path(scratch), name) for name in arguments.only}
+    losses = {name: each.pop("losses") for name, each in found.items()}
     for name, each in found.items():
-        beside = found.get("one process, 4 bits" if "4 bits" in name else "one process", each)["losses"]
-        each["loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(each.pop("losses"), list(beside), strict=True))
-        print(f"{name:22} {each['peak_bytes'] / 2**20:7.0f} MiB   {each['tokens_per_s']:7.0f} tokens/s", file=sys.stderr)
+        beside = "one process, 4 bits" if "4 bits" in name else "one process"
+        pairs = zip(losses[name], losses.get(beside, losses[name]), strict=True)
+        each["loss_difference"] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
     told = {key: getattr(arguments, key) for key in ("model", "processes", "steps", "rows", "length")}
     print(json.dumps(told | {"cores": os.cpu_count(), "cases": found}))
 
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace, rows: Path, scratch: Path, name: str) -> 
     summary = json.loads(done.stdout)
     log = [json.loads(line) for line in (folder / "run.jsonl").open()]
     kept = {key: summary[key] for key in ("peak_bytes", "tokens_per_s", "steps", "base_bytes")}
+    print(f"{name:22} {kept['peak_bytes'] / 2**20:7.0f} MiB   {kept['tokens_per_s']:7.0f} tokens/s", file=sys.stderr, flush=True)
     return kept | {"losses": [record["loss"] for record in log if "loss" in record]}
 
 

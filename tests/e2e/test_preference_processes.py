@@ -28,7 +28,7 @@ def settings_in(out: Path, model: Path, kind: str, **changed: Any) -> RunSetting
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "shard"), [("dpo", "none"), ("dpo", "fsdp2"), ("kto", "none"), ("reward", "none")])
+@pytest.mark.parametrize(("kind", "shard"), [("dpo", "none"), ("dpo", "fsdp2"), ("kto", "none"), ("reward", "fsdp2")])
 def test_two_processes_give_the_numbers_of_one(kind: str, shard: str, tiny_folder: Path, tmp_path: Path) -> None:
     train(settings_in(tmp_path / "one", tiny_folder, kind, accumulate=2))
     status, _, said = ended(begin(settings_in(tmp_path / "two", tiny_folder, kind, shard=shard), "--nproc", 2))

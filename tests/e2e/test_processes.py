@@ -122,22 +122,6 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(
 
 
 @pytest.mark.slow
-def test_an_objective_that_adds_up_by_itself(settings_of: Callable[..., RunSettings], rows_file: Path, tmp_path: Path) -> None:
-    """KTO measures a divergence over all answers of a step, and again over the held-out ones."""
-    asked = [json.loads(line)["messages"][1]["content"] for line in rows_file.read_text().splitlines()]
-    marked = [{"prompt": words, "completion": words.upper(), "label": index % 3 > 0} for index, words in enumerate(asked)]
-    file = tmp_path / "marked.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in marked))
-    data, objective = {"path": str(file), "eval_fraction": 0.2}, {"kind": "kto"}
-    changed = {"data": data, "objective": objective}
-    train(RunSettings(**(dict(settings_of(tmp_path / "one", accumulate=2)) | changed)))
-    status, _, err = ended(begin(RunSettings(**(dict(settings_of(tmp_path / "run")) | changed)), "--nproc", 2))
-    assert status == 0, err
-    assert_same_run(tmp_path / "run", tmp_path / "one")
-    assert any("eval_kl" in record for record in RunFolder(tmp_path / "run").read_log())
-
-
-@pytest.mark.slow
 def test_torchrun_starts_it_too(settings_of: Callable[..., RunSettings], by_one: Callable[..., Path], tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     status, _, err = ended(begin(settings_of(tmp_path / "run"), launcher=torchrun))

@@ -339,3 +339,10 @@ def test_registry_promotions_sees_what_is_half_done(root: Path, tmp_path: Path) 
     assert "served from" in faults_after("UPDATE deployment SET started_at = '2030-01-01 00:00:00.000000' WHERE ended_at IS NULL")
     assert "open weights are [10000, 10000]" in faults_after("UPDATE deployment SET ended_at = NULL")
     registry.database.engine.dispose()
+
+
+def test_train_processes_runs_tiny(root: Path, folder: Path) -> None:
+    size = ("--steps", "2", "--length", "16", "--rows", "2", "--only", "one process", "fsdp2, 4 bits")
+    result = result_of(root, folder, "train_processes.py", *size)
+    assert set(result["cases"]) == {"one process", "fsdp2, 4 bits"}
+    assert all(case["steps"] == 2 for case in result["cases"].values())

@@ -203,11 +203,6 @@ class RunSettings(Settings):
             raise ValueError("init 'loftq' fits pairs to what weights lose in 4 bits; set quantize to 'nf4' too")
         if self.train.full and self.quantize != "none":
             raise ValueError("train.full trains every weight, and a weight in 4 bits cannot be trained; leave quantize out")
-        if self.objective.kind != "sft" and self.train.shard != "none":
-            raise ValueError(
-                f"train.shard goes with objective 'sft' only: with '{self.objective.kind}' the processes make unlike numbers of "
-                "passes, and each pass borrows weights from all of them; leave train.shard out"
-            )
         if self.train.full and self.train.shard != "none":
             raise ValueError("train.full keeps a trained copy of every weight in each process; train.shard would save nothing")
         if self.train.freeze_A and self.lora.init_lora_weights == "orthogonal":

@@ -17,6 +17,7 @@ from luthier.core.errors import ConfigError
 from luthier.train.launching import process_of
 from luthier.train.processes import joined
 from luthier.train.run import train
+from luthier.train.runfolder import RunFolder
 from luthier.train.settings import RunSettings
 from luthier.train.world import World
 
@@ -248,6 +249,41 @@ def test_who_carries_a_run_out_is_not_in_its_digest(run_settings: Callable[..., 
     assert plain.digest() != run_settings(train={"processes": 2}).digest()
 
 
-def test_only_supervised_runs_are_sharded(run_settings: Callable[..., RunSettings]) -> None:
-    with pytest.raises(ConfigError, match="unlike numbers of passes"):
-        run_settings(train={"shard": "fsdp2"}, objective={"kind": "kto"})
+DROPS = """
+import json, sys
+from luthier.train.loop import Trainer
+from luthier.train.prepare import prepare
+from luthier.train.processes import joined
+from luthier.train.run import resume, train
+from luthier.train.runfolder import RunFolder
+from luthier.train.settings import read_settings
+
+with joined() as world:
+    settings = read_settings(folder / "config.toml")
+    train(settings.changed(out=str(folder / "whole")))
+    stopped = settings.changed(out=str(folder / "stopped"))
+    trainer = Trainer(prepare(stopped), RunFolder.create(stopped) if world.is_first else RunFolder(stopped.out), world=world)
+    with trainer.running():
+        for _ in range(3):
+            trainer.advance()
+        trainer.stop_requested = world.rank == 1
+        ended = trainer.advance()
+    world.wait_for_all()
+    resume(folder / "stopped")
+    (folder / f"{world.rank}.txt").write_text(ended)
+"""
+
+
+def test_as_many_processes_resume_with_the_same_bits(run_settings: Callable[..., RunSettings], tmp_path: Path) -> None:
+    settings = run_settings(lora={"lora_dropout": 0.3}, train={"epochs": 3, "save_every": 1, "processes": 2, "eval_every": 2})
+    (tmp_path / "config.toml").write_text(settings.to_toml())
+    done = in_processes(2, DROPS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["interrupted", "interrupted"]
+    whole, stopped = (RunFolder(tmp_path / name) for name in ("whole", "stopped"))
+    last = whole.load_checkpoint()
+    assert last is not None and last[0].step > 4
+    names = ("adapter/adapter_model.safetensors", "optimizer.safetensors")
+    for name in names:
+        assert (stopped.step_folder(last[0].step) / name).read_bytes() == (whole.step_folder(last[0].step) / name).read_bytes()
+    assert not torch.equal(last[1]["rng.cpu"], last[1]["rank1.rng.cpu"]), "both processes would drop the same"
