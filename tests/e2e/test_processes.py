@@ -205,7 +205,7 @@ def test_an_error_is_told_once(settings_of: Callable[..., RunSettings], tmp_path
     too_fast = settings_of(run, LONG, learning_rate=1e30, warmup=0.0, schedule="constant")
     status, out, err = ended(begin(too_fast, "--nproc", 2, "--json"))
     assert status == 1
-    assert json.loads(out)["error"]["kind"] == "TrainingError"
+    assert json.loads(out)["error"]["kind"] == "DivergedError"
     assert err.count("Error: ") == 1, err
     assert "is nan" in err or "is inf" in err
     assert f"To go on from the last checkpoint: luthier train --resume {run}" in err

@@ -62,7 +62,7 @@ def test_preference_runs_tiny(root: Path, folder: Path) -> None:
     assert result["vicuna"]["held_out_prompts"] == 1 and result["vicuna"]["steps"] == 1
     losses = result["speed"]["first_loss"]
     assert losses["luthier_dpo"] == pytest.approx(losses["trl_dpo"], abs=1e-5) == pytest.approx(0.6931472, abs=1e-5)
-    pairs = [json.loads(line) for line in (folder / "run" / "pairs.jsonl").open()]
+    pairs = [json.loads(line) for line in (folder / "run" / "pairs.jsonl").read_text().splitlines()]
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
 
 

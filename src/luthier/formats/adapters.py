@@ -87,7 +87,7 @@ def save_adapter(
         config, tensors = plain_lora(model, name, config)
     if save_embedding_layers:
         tensors |= _own_tables(model, name)
-    config_text, converted = _config_text(model, name, config)
+    config, config_text, converted = _stored_config(model, name, config)
     note = {
         "luthier": __version__,
         "base": (base or fingerprint_of(model)).model_dump(mode="json"),
@@ -105,14 +105,14 @@ def live_folder(model: nn.Module, name: str = "default", *, base: Fingerprint | 
     config = roster_of(model).configs.get(name)
     tensors = adapter_tensors(model, name)
     assert config is not None  # adapter_tensors has checked the name
-    config_text, _ = _config_text(model, name, config)
+    _, config_text, _ = _stored_config(model, name, config)
     note = {"base": (base or fingerprint_of(model)).model_dump(mode="json")}
     digests = {CONFIG_FILE: sha256(config_text.encode()), TENSOR_FILE: tensor_digest(tensors)}
     return AdapterFolder(Path(name), parse_config(config_text, name), tensors, note, digests=digests)
 
 
-def _config_text(model: nn.Module, name: str, config: LoraConfig) -> tuple[str, dict[str, Any]]:
-    """Return an adapter's configuration as it stands on disk, and what the recipe says of how it was converted for that."""
+def _stored_config(model: nn.Module, name: str, config: LoraConfig) -> tuple[LoraConfig, str, dict[str, Any]]:
+    """Return an adapter's configuration as it is stored, its text, and what the recipe says of how it was converted for that."""
     kinds = {item.kind.word for item in adapter_parameters(model, name) if item.kind}
     config = _with_base_name(model, config)
     converted: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def _config_text(model: nn.Module, name: str, config: LoraConfig) -> tuple[str, 
         converted = {"loftq": config.loftq_config}
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     text = dump_config(config, fan_in_fan_out="conv1d" in kinds, auto_mapping=None if config.task_type else mapping)
-    return text, converted
+    return config, text, converted
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

@@ -148,8 +148,10 @@ def conclude(trainer: Trainer, ended: str) -> dict[str, Any]:
     trainer.write_adapter(trainer.folder.adapter, metrics)
     summary = _summary(trainer, ended)
     summary["report"] = aftermath(trainer) if trainer.settings.report else None
-    write_atomic(trainer.folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
-    return summary
+    text = json.dumps(summary, indent=2)
+    write_atomic(trainer.folder.path / SUMMARY_FILE, text)
+    found: dict[str, Any] = json.loads(text)  # as whoever reads the file has it: lists for tuples
+    return found
 
 
 def artifacts(summary: dict[str, Any]) -> list[Path]:
