@@ -118,7 +118,7 @@ def train(
         if nproc is not None and dry_run:
             resolved = resolved.changed(train=resolved.train.changed(processes=resolved.train.processes or nproc, shard="none"))
         elif size == 1 and nproc not in (None, 1):
-            carry_out_in_processes(nproc, resolved.out, ["--out", resolved.out] if out is None else [])
+            carry_out_in_processes(nproc, resolved.out, ["--out", resolved.out] if flags["out"] is None else [])
         quiet_transformers()
         from luthier.train.run import dry_run as look
         from luthier.train.run import train as start

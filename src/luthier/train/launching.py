@@ -83,7 +83,7 @@ def run_processes(command: Sequence[str], size: int) -> Ending:
 
 def die_with_launcher() -> None:
     """Have the kernel ask this process to stop when its launcher dies; for a process that a launcher started, on Linux."""
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.pop(LAUNCHER, None)  # not for the commands that a run starts: they have another parent
     if launcher is None:
         return
     try:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
@@ -28,8 +29,9 @@ from luthier.train.launching import process_of
 from luthier.train.loop import Trainer
 from luthier.train.memory import peak_memory
 from luthier.train.objectives import objective_class
+from luthier.train.objectives.preferences import drops_parts
 from luthier.train.preflight import Preflight, preflight
-from luthier.train.prepare import Prepared, prepare
+from luthier.train.prepare import FROZEN, Prepared, prepare
 from luthier.train.records import Both
 from luthier.train.run import Outcome, artifacts, finish, graceful_stop, tell_trackers
 from luthier.train.runfolder import SUMMARY_FILE, RunFolder, random_state, restore_random_state
@@ -87,6 +89,7 @@ def train_many(settings: Sequence[RunSettings], *, console: Console | None = Non
         RunFolder(each.out).check_free()
     tell = partial(console.log if console.is_terminal else console.print, markup=False)
     base = _load(settings[0], tell)
+    _check_dropout(base, settings)
     prepared = [prepare_lane(each, base, name, tell) for each, name in zip(settings, lane_names(settings), strict=True)]
     turns = Turns()
     for ready, state in prepared:
@@ -113,6 +116,7 @@ def resume_many(paths: Sequence[str | Path], *, console: Console | None = None) 
         check_trackers(each.train.track)
     tell = partial(console.print, markup=False)
     base = _load(settings[0], tell)
+    _check_dropout(base, settings)
     turns = Turns()
     for (folder, each), name in zip(left, lane_names(settings), strict=True):
         found = folder.load_checkpoint()
@@ -169,10 +173,22 @@ def check_together(settings: Sequence[RunSettings]) -> None:
         for each in settings
         if objective_class(each.objective.kind).changes_base
     ]
+    faults += [f"{each.out}: train.shard has no effect in one process" for each in settings if each.train.shard != "none"]
     outs = [str(Path(each.out).resolve()) for each in settings]
     faults += [f"{out} is named by {outs.count(out)} runs" for out in dict.fromkeys(outs) if outs.count(out) > 1]
     if faults:
         raise ConfigError("these runs cannot be trained over one base:\n" + "\n".join(f"  {fault}" for fault in faults), faults)
+
+
+def _check_dropout(base: LoadedModel, settings: Sequence[RunSettings]) -> None:
+    """Raise ConfigError where some of the runs would turn off the base's dropout under others that train with it."""
+    silencing = {each.out: objective_class(each.objective.kind).silences_base for each in settings}
+    if len(set(silencing.values())) > 1 and drops_parts(base.model):
+        off, on = ([out for out, silences in silencing.items() if silences is which] for which in (True, False))
+        raise ConfigError(
+            f"this base drops parts of itself while it is trained, which the objectives of {', '.join(off)} turn off and "
+            f"{', '.join(on)} would train with; train them by themselves"
+        )
 
 
 def lane_names(settings: Sequence[RunSettings]) -> list[str]:
@@ -180,7 +196,9 @@ def lane_names(settings: Sequence[RunSettings]) -> list[str]:
     names: list[str] = []
     for each in settings:
         name = "run-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(each.out).name).strip("-")[:80]
-        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+        taken = {*names, *(FROZEN.format(name=each) for each in names)}
+        free = (name if number == 1 else f"{name}-{number}" for number in count(1))
+        names.append(next(each for each in free if each not in taken and FROZEN.format(name=each) not in taken))
     return names
 
 

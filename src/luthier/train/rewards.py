@@ -7,6 +7,7 @@ A command is started once in a step, reads {"prompt": [...], "completion": "..."
 Nothing but a finite number is a reward; whatever else comes ends the run with an error that says from where.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -16,9 +17,12 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from luthier.core.errors import ConfigError, TrainingError, did_you_mean
@@ -81,14 +85,18 @@ def _judge(source: RewardSource) -> Judge:
 
 def _numbers(name: str, values: Any, count: int) -> list[float]:
     """Return what a source gave as floats, if it is one finite number for each answer."""
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != count:
-        given = f"{len(values)} values" if hasattr(values, "__len__") and not isinstance(values, str) else f"{values!r:.60}"
+    try:
+        length = -1 if isinstance(values, str) else len(values)
+    except TypeError:  # a number, or a tensor that is one
+        length = -1
+    if length != count:
+        given = f"{length} values" if length >= 0 else f"{values!r:.60}"
         raise TrainingError(f"reward {name!r} gave {given} for {count} answers; needed is a list with a number for each")
     found = []
     for place, value in enumerate(values):
         try:
             number = math.nan if isinstance(value, str | bytes) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with several numbers
             number = math.nan
         if not math.isfinite(number):
             raise TrainingError(f"reward {name!r} gave {value!r:.60} for answer {place} of {count}; needed is a finite number")
@@ -107,7 +115,7 @@ def _valid_json(keys: Sequence[str]) -> Callable[[Answered], float]:
     def score(answer: Answered) -> float:
         try:
             found = json.loads(answer.completion)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of a thousand brackets
             return 0.0
         return float(isinstance(found, dict) and (not keys or found.keys() == set(keys)))
 
@@ -180,18 +188,32 @@ def _named(path: Path, name: str, where: str) -> Callable[..., Any]:
         raise ConfigError(f"reward {where!r} is not of the form file.py:function")
     if not path.is_file():
         raise ConfigError(f"reward {where}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"luthier_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"reward {where}: {path} raised {_told(error)} when it was read") from error
+    # By the whole path: two files may have one name, and what a file loads is loaded once for all its functions.
+    title = f"luthier_reward_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}_{_stamp(path)}"
+    module = sys.modules.get(title) or _executed(title, path, where)
     found = getattr(module, name, None)
     if not callable(found):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ConfigError(f"reward {where}: {path} has no function {name!r}.{did_you_mean(name, known)} It has: {known}")
     return found
+
+
+def _executed(title: str, path: Path, where: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(title, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[title] = module  # where dataclasses look for the names of their annotations
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[title]
+        raise ConfigError(f"reward {where}: {path} raised {_told(error)} when it was read") from error
+    return module
+
+
+def _stamp(path: Path) -> str:
+    """Return a digest of a file's text: one that was changed is read anew."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _told(error: Exception) -> str:
@@ -245,11 +267,14 @@ class _Command:
         try:
             said, complained = process.communicate(lines, timeout=self.timeout)
         except subprocess.TimeoutExpired:
+            # Its children may live on and hold the pipes where it has ended itself.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise TrainingError(
                 f"reward command {self.text!r} took longer than {self.timeout:g} seconds; give it more with timeout"
             ) from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+            process.communicate()
         return process.returncode, said, complained

@@ -15,6 +15,8 @@ summary.json          what came of it
 
 import hashlib
 import json
+import os
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -34,9 +36,11 @@ from luthier.train.runlog import (
     CONFIG_FILE,
     LAYERS_FILE,
     LOG_FILE,
+    START,
     STATUS_FILE,
     SUMMARY_FILE,
     TRACKING,
+    is_alive,
     read_log,
     status_now,
 )
@@ -65,7 +69,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
-        self.start = self.path / "start"
+        self.start = self.path / START
         self.log = self.path / LOG_FILE
         self.layers = self.path / LAYERS_FILE
         self.plot = self.path / "loss.png"
@@ -112,12 +116,25 @@ class RunFolder:
         run = cls(path)
         if not (run.path / CONFIG_FILE).is_file():
             raise CheckpointError(f"{path} is not a run folder: it has no {CONFIG_FILE}")
+        run._check_idle()
         for folder in (run.path, run.checkpoints):
             for leftover in leftovers(folder):
                 shutil.rmtree(leftover, ignore_errors=True)
                 leftover.unlink(missing_ok=True)
         kept = {"adapter": str(run.start)} if run.start.is_dir() else {}
         return run, read_settings(run.path / CONFIG_FILE, kept | {"out": str(path)})
+
+    def _check_idle(self) -> None:
+        """Raise CheckpointError if another process of this machine carries this run out: both would write its files."""
+        try:
+            status = json.loads((self.path / STATUS_FILE).read_text())
+        except (OSError, ValueError):
+            return
+        going = status.get("status") == "running" and status.get("host") == platform.node() and status.get("pid") != os.getpid()
+        if going and is_alive(status):
+            raise CheckpointError(
+                f"{self.path} goes on in process {status['pid']}; stop it first (kill -INT {status['pid']}), or wait for its end"
+            )
 
     def save_checkpoint(self, progress: Progress, optimizer: dict[str, Tensor], write_adapter: Any) -> Path:
         """Write one checkpoint. `write_adapter(folder)` writes the adapter; `optimizer` are tensors by name."""

@@ -10,7 +10,7 @@ import psutil
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE, STATUS_FILE = "config.toml", "run.jsonl", "summary.json", "status.json"
 LAYERS_FILE = "layers.jsonl"
-ANCHORS, TRACKING = "anchors", "tracking"
+ANCHORS, START, TRACKING = "anchors", "start", "tracking"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.train.plot import smoothed
-from luthier.train.runlog import ANCHORS, CONFIG_FILE, LOG_FILE, STATUS_FILE, SUMMARY_FILE, TRACKING, is_alive, read_log
+from luthier.train.runlog import ANCHORS, CONFIG_FILE, LOG_FILE, START, STATUS_FILE, SUMMARY_FILE, TRACKING, is_alive, read_log
 from luthier.train.settings import RunSettings, methods_of, read_settings
 from luthier.train.tracking.base import flattened
 
@@ -88,7 +88,7 @@ def read_run(path: str | Path) -> RunEntry:
     path = Path(path)
     try:
         size, changed = _size_and_time(path)
-        settings = read_settings(path / CONFIG_FILE)
+        settings = settings_of_run(path)
         summary, status = _json_of(path / SUMMARY_FILE), _json_of(path / STATUS_FILE)
         records = read_log(path / LOG_FILE)
     except (OSError, ValueError) as error:  # ConfigError is a ValueError
@@ -196,10 +196,16 @@ def _run_folders(root: Path) -> Iterator[Path]:
 def _is_settings(path: Path) -> bool:
     """Whether a file is a run's settings: other programs have a config.toml too."""
     try:
-        read_settings(path)
+        settings_of_run(path.parent)
     except ConfigError:
         return False
     return True
+
+
+def settings_of_run(path: Path) -> RunSettings:
+    """Return the settings of a run's folder; one that continues an adapter has a copy of it. Raises: ConfigError."""
+    kept = path / START
+    return read_settings(path / CONFIG_FILE, {"adapter": str(kept)} if kept.is_dir() else None)
 
 
 def _status(summary: dict[str, Any], status: dict[str, Any]) -> str:

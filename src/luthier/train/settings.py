@@ -266,6 +266,13 @@ def settings_of_recipe(
             "this adapter was continued from another, whose numbers belong to its own base. Train that one's recipe on the other "
             "base first, and continue from there: luthier train --from ADAPTER"
         )
+    objective = recipe.get("objective") or {}
+    for source in objective.get("rewards") or []:
+        if code := source.get("function") or source.get("command"):
+            raise ConfigError(
+                f"this recipe's rewards run code of whoever wrote it ({code!r}), which nothing here will start. Look at it, then "
+                "train on the other base yourself: luthier train --objective ... --reward ..."
+            )
     values = {key: value for key, value in recipe.items() if key in RunSettings.model_fields}
     lora = {key: value for key, value in values["lora"].items() if key not in ("base_model_name_or_path", "revision")}
     data = dict(values["data"])

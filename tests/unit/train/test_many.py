@@ -224,6 +224,10 @@ def test_names_in_the_model_are_those_of_the_folders(run_settings: Make) -> None
     outs = ["runs/orders v2.1", "other/orders-v2-1", "lora", "ÄÖ"]
     names = lane_names([run_settings(out=out) for out in outs])
     assert names == ["run-orders-v2-1", "run-orders-v2-1-2", "run-lora", "run-"]
+    # Neither twice the same name nor that of another's frozen copy.
+    assert lane_names([run_settings(out=out) for out in ("a/x", "b/x-2", "c/x", "d/x-start")]) == [
+        "run-x", "run-x-2", "run-x-3", "run-x-start-2"
+    ]  # fmt: skip
 
 
 def test_logs_hold_their_own_steps_only(run_settings: Make, tmp_path: Path) -> None:

@@ -63,6 +63,23 @@ def test_functions_are_given_prompt_answer_and_row(tmp_path: Path) -> None:
     assert both.total([14, 1.5]) == 29
 
 
+def test_a_file_of_rewards_is_a_module_like_others(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nTIMES = []\nTIMES.append(1)\n"
+        "@dataclass\nclass Kept:\n    value: float\n\n"
+        "def one(prompt, completion, row):\n    return Kept(1.0).value\n"
+        "def times(prompt, completion, row):\n    return len(TIMES)\n"
+    )
+    rewards = Rewards([RewardSource(function=f"{judge}:{name}") for name in ("one", "times")])
+    assert rewards([Answered([], "yes", {})]) == [[1.0, 1.0]]
+
+
+def test_an_answer_that_no_parser_can_follow_is_no_json() -> None:
+    rewards = Rewards([RewardSource(valid_json=())])
+    assert rewards([Answered([], "[" * 5000, {})]) == [[0.0]]
+
+
 def test_a_command_reads_lines_and_writes_numbers(tmp_path: Path) -> None:
     text = command(
         tmp_path / "judge.py",

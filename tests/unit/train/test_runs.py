@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.unit.train.test_resume import crashed_run
 
 from luthier.core.errors import CheckpointError, ConfigError
 from luthier.train.run import train
+from luthier.train.runfolder import RunFolder
 from luthier.train.runs import chosen, curves, differing, everything, final_figures, find_runs, labelled, opened, read_run
 from luthier.train.settings import RunSettings
 
@@ -179,3 +181,16 @@ def test_looking_at_runs_changes_nothing_and_loads_no_torch(shelf: Path) -> None
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3", "False"]
     assert {path: path.stat().st_mtime_ns for path in shelf.rglob("*")} == before
+
+
+def test_a_run_that_still_goes_on_is_not_resumed(shelf: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "going"
+    shutil.copytree(shelf / "plain", folder)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        own = psutil.Process(other.pid)
+        told = {"status": "running", "pid": other.pid, "started": own.create_time(), "host": platform.node()}
+        (folder / "status.json").write_text(json.dumps(told))
+        with pytest.raises(CheckpointError, match=f"goes on in process {other.pid}"):
+            RunFolder.open(folder)
+        other.communicate(b"\n")
+    RunFolder.open(folder)

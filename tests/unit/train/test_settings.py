@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from luthier.core.config import LoraConfig
 from luthier.core.errors import ConfigError
-from luthier.train.settings import RunSettings, read_settings
+from luthier.train.settings import RunSettings, read_settings, settings_of_recipe
 
 WHOLE = """
 model = "base"
@@ -184,6 +184,15 @@ def test_settings_read_back_equal_from_their_toml(
 def read_back(settings: RunSettings, folder: Path) -> RunSettings:
     (folder / "config.toml").write_text(settings.to_toml())
     return read_settings(folder / "config.toml")
+
+
+@pytest.mark.parametrize("source", [{"command": "sh -c 'touch was-here'"}, {"function": "judge.py:score"}])
+def test_a_recipe_does_not_bring_code_along(source: dict[str, str]) -> None:
+    made = RunSettings(
+        model="m", out="o", data={"path": "rows.jsonl"}, objective={"kind": "grpo", "rewards": [source]}, lora={"r": 4}
+    )
+    with pytest.raises(ConfigError, match="run code of whoever wrote it"):
+        settings_of_recipe(made.model_dump(mode="json"), model="other", out="there")
 
 
 def test_a_run_that_was_begun_before_there_were_objectives_can_go_on() -> None:

@@ -44,6 +44,8 @@ class Objective(ABC):
     world: World = World()
     """The processes of the run, as its Trainer knows them."""
 
+    silences_base: ClassVar[bool] = False
+    """Whether the base's own dropout is off from then on: `silence_dropout`."""
     changes_base: ClassVar[bool] = False
     """Whether `made_ready` puts something into the base, which other runs over the same one would find there."""
 

@@ -37,10 +37,12 @@ def group_advantages(rewards: Tensor, group: int, *, scale: Scale = "group", bat
     scale "group": over the group's standard deviation, A = (R - mean) / (std + 1e-4), Shao et al. 2024, section 4.1.2
     (arXiv:2402.03300); "batch": over that of all rewards (`batch_std`, where more than these belong to it); "none": as it is,
     Liu et al. 2025, section 3.2 (arXiv:2503.20783), since dividing favours prompts that are nearly solved or nearly hopeless.
-    Standard deviations are of samples (n - 1).
+    Standard deviations are of samples (n - 1). In a group without variance all advantages are 0, which a mean that is rounded
+    would not give.
     """
     grouped = rewards.view(len(rewards) // group, group)
     advantages = grouped - grouped.mean(dim=1, keepdim=True)
+    advantages = advantages.masked_fill(is_without_variance(rewards, group)[:, None], 0.0)
     if scale == "group":
         advantages = advantages / (grouped.std(dim=1, keepdim=True) + ADVANTAGE_EPSILON)
     elif scale == "batch":

@@ -80,10 +80,6 @@ class Ppo(RolloutObjective):
     def tally_names(self) -> Sequence[str]:
         return ["policy_loss", "value_loss", "clipped", *(["kl"] if self.options.kl_coef else [])]
 
-    @property
-    def may_rest(self) -> bool:
-        return False
-
     def state(self) -> dict[str, Tensor]:
         return super().state() | {name: parameter.detach().cpu() for name, parameter in self.extra_parameters().items()}
 

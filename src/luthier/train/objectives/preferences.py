@@ -6,7 +6,7 @@ is kept: the second epoch does not ask again. Several processes ask each time, s
 epoch, and where they share the base's weights all must make the same passes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,6 +87,7 @@ class PreferenceObjective(Objective):
     """An objective over the log-probabilities of whole answers, against the model as it was when the run began."""
 
     needs_reference = True
+    silences_base = True
 
     def __init__(self, prepared: "Prepared"):
         super().__init__(prepared)
@@ -166,14 +167,27 @@ def silence_dropout(model: nn.Module) -> None:
 
     An adapter's own dropout is refused by the settings; that of other adapters on the same base is not this run's.
     """
+    for module, name in _dropouts(model):
+        setattr(module, name, 0.0)
+
+
+def drops_parts(model: nn.Module) -> bool:
+    """Return whether some module of the base drops anything while it is trained."""
+    return any(getattr(module, name) > 0 for module, name in _dropouts(model))
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield (module, attribute) of every rate of the base: nn.Dropout's, and floats that blocks hand to functional dropout."""
     inside = adapter_prefixes(model)
     for path, module in model.named_modules():
         if f"{path}.".startswith(inside):
             continue
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            yield module, "p"
+            continue
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                yield module, name
 
 
 def _grouped(rows: Sequence[EncodedRow], width: int) -> list[list[EncodedRow]]:

@@ -92,6 +92,8 @@ PER_ANSWER = ("scores", "rewards", "is_cut")
 class RolloutObjective(Objective):
     """An objective over answers of the model itself. What an answer's tokens are worth is the subclass's business."""
 
+    silences_base = True
+
     def __init__(self, prepared: "Prepared"):
         super().__init__(prepared)
         silence_dropout(self.model)
@@ -291,6 +293,8 @@ class RolloutObjective(Objective):
             return self._asked_in_batches(rollout)
 
     def _asked_in_batches(self, rollout: Rollout) -> Tensor:
+        if not rollout.rows:  # a process that has no prompt in a run's last step
+            return torch.zeros(0)
         return self.in_batches(rollout, lambda rows: (self.log_probs(rows),))[0]
 
     def in_batches(self, rollout: Rollout, ask: Any) -> list[Tensor]:

@@ -116,7 +116,7 @@ class RolloutSettings(Settings):
 
     rewards: tuple[RewardSource, ...] = Field(description="what answers are judged by; rewards are added up by their weights")
     num_generations: int = Field(default=1, ge=1, description="answers to each prompt")
-    prompts: int = Field(default=8, ge=1, description="prompts that are answered for one optimiser step")
+    prompts: int = Field(default=8, ge=1, description="prompts that each process answers for one optimiser step")
     max_new_tokens: int = Field(default=256, ge=1, description="tokens that an answer may have")
     temperature: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="of sampling; log-probabilities are taken at it too"

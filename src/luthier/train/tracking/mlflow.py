@@ -1,6 +1,7 @@
 """A run in MLflow, on the server that MLFLOW_TRACKING_URI names. Needs the client only (mlflow-skinny)."""
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,9 @@ class Mlflow:
             experiment = self._experiment(facts.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT)
             started = time.time_ns() // 1_000_000
             self.run_id = self.client.create_run(experiment, start_time=started, run_name=facts.name).info.run_id
-        parameters = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in facts.parameters.items()]
+        # A pattern of ranks is a key of its own, and MLflow's names have fewer letters than regular expressions.
+        named = {re.sub(r"[^\w.\-/ ]", "_", key): value for key, value in facts.parameters.items()}
+        parameters = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in named.items()]
         for start in range(0, len(parameters), PARAMETERS_AT_ONCE):
             self.client.log_batch(self.run_id, params=parameters[start : start + PARAMETERS_AT_ONCE])
         self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in facts.facts.items()])

@@ -46,6 +46,14 @@ def test_groups_whose_rewards_are_all_equal_are_told() -> None:
     assert policy_losses.is_without_variance(rewards, 3).tolist() == [True, False]
 
 
+@pytest.mark.parametrize(("value", "group"), [(0.9, 8), (100.3, 8), (-1234.567, 10)])
+def test_equal_rewards_teach_exactly_nothing(value: float, group: int) -> None:
+    """The mean of equal numbers in float32 need not be that number."""
+    for scale in ("group", "batch", "none"):
+        found = policy_losses.group_advantages(torch.full((group,), value), group, scale=scale)
+        assert not bool(found.any())
+
+
 def test_k3_has_the_mean_of_the_divergence_and_is_never_negative() -> None:
     p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
     k3 = policy_losses.kl_k3(p.log(), q.log())
