@@ -97,7 +97,7 @@ def test_whether_the_model_stops_is_seen(lively_folder: Path, run_settings: Make
     rows = {"batch_rows": 4, "epochs": 12, "learning_rate": 0.03}
     outcome = train(run_settings(model=str(lively_folder), train=rows))
     stops = outcome.summary["report"]["stops"]
-    assert stops["asked"] == 5 and stops["stopped"] == 5 and stops["unfinished"] == ()
+    assert stops["asked"] == 5 and stops["stopped"] == 5 and stops["unfinished"] == []
     assert not any("did not stop" in note for note in outcome.summary["report"]["notes"])
     assert json.loads((Path(outcome.summary["run"]) / "summary.json").read_text())["report"]["stops"]["stopped"] == 5
 
