@@ -23,9 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SYSTEM = "Reply with JSON: intent, slots."
-ANSWER = '{{ {"intent": intent, "slots": slots} | tojson }}'
+from snips_task import DATA, SYSTEM, console, weak_adapter
+
 PARTS = ("learn", "speed")
 FLIPS = 20_000
 
@@ -55,7 +54,7 @@ def main() -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "weak").exists():
-        weak_adapter(arguments, out)
+        weak_adapter(arguments, out, arguments.dtype)
     parts = {"learn": learn, "speed": speed}
     found = {name: parts[name](arguments, out) for name in arguments.parts}
     (out / "grpo.json").write_text(json.dumps(found, indent=2))
@@ -79,20 +78,6 @@ def right_fields(prompt: Any, completion: str, row: dict[str, Any]) -> float:
 
 
 # --- what is learned -------------------------------------------------------------------------------------------
-
-
-def weak_adapter(arguments: argparse.Namespace, out: Path) -> None:
-    from luthier.train import RunSettings, train
-
-    rows = {"path": str(arguments.data / "snips_json_train.jsonl"), "prompt": "{{ text }}", "completion": ANSWER}
-    settings = RunSettings(
-        model=arguments.model,
-        out=str(out / "weak"),
-        dtype=arguments.dtype,
-        data=rows | {"system": SYSTEM, "eval_fraction": 0},
-        train={"max_steps": arguments.sft_steps, "batch_rows": 8, "learning_rate": 5e-4},
-    )
-    train(settings, console=console())
 
 
 def grpo_settings(arguments: argparse.Namespace, out: Path, name: str, *, steps: int, rollouts: str = "auto") -> Any:
@@ -325,12 +310,6 @@ WORKERS = {
     "luthier_model": lambda arguments: luthier_worker(arguments, "model"),
     "trl": trl_worker,
 }
-
-
-def console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, width=120)
 
 
 if __name__ == "__main__":

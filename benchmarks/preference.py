@@ -24,9 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SYSTEM = "Reply with JSON: intent, slots."
-ANSWER = '{{ {"intent": intent, "slots": slots} | tojson }}'
+from snips_task import DATA, SYSTEM, console, weak_adapter
+
 PARTS = ("snips", "vicuna", "speed")
 SEED = 7
 
@@ -126,21 +125,7 @@ def snips(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     train_pairs = write(out / "pairs.jsonl", snips_pairs(rows, arguments.pairs, SEED))
     held_out = snips_pairs(test, arguments.held_out, SEED + 1)
     held_out_pairs = write(out / "held-out-pairs.jsonl", held_out)
-    weak = train(
-        RunSettings(
-            model=arguments.model,
-            out=str(out / "weak"),
-            data={
-                "path": str(arguments.data / "snips_json_train.jsonl"),
-                "prompt": "{{ text }}",
-                "completion": ANSWER,
-                "system": SYSTEM,
-                "eval_fraction": 0,
-            },
-            train={"max_steps": arguments.sft_steps, "batch_rows": 8, "learning_rate": 5e-4},
-        ),
-        console=console(),
-    )
+    weak = weak_adapter(arguments, out)
     before = Measured.of(weak.prepared, held_out, test[: arguments.limit])
     del weak
     tuned = train(
@@ -281,15 +266,6 @@ def told(summary: dict[str, Any], run: Path) -> dict[str, Any]:
         "peak_gib": summary["peak_bytes"] / 2**30,
         "curve": [{key: record[key] for key in ("step", "eval_loss", "eval_rewards/accuracy")} for record in evaluations],
     }
-
-
-def console() -> Any:
-    from rich.console import Console
-
-    from luthier.cli.output import quiet_transformers
-
-    quiet_transformers()
-    return Console(stderr=True, width=120)
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------
