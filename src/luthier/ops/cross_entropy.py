@@ -37,11 +37,19 @@ def labelled_cross_entropy(hidden: Tensor, targets: Tensor, head: Projection, *,
     The head's weight and bias are frozen; its pair learns. Its dropout must be 0 here, since masks are not kept over chunks.
     `products` as in `adapted_projections`.
     """
+    loss: Tensor = _LabelledCrossEntropy.apply(hidden, targets, *head_arguments(hidden, head, products))
+    return loss
+
+
+def head_arguments(hidden: Tensor, head: Projection, products: torch.dtype | None) -> tuple[Any, ...]:
+    """Return what a function of a head's logits is applied to besides hidden states and targets.
+
+    These are (scaling, dtype of the products, whether a gradient will be asked for), weight, bias, lora_A and lora_B.
+    """
     assert not head.dropout
     wanted = hidden.requires_grad or any(pair is not None and pair.requires_grad for pair in (head.lora_A, head.lora_B))
     constants = (head.scaling, products or hidden.dtype, wanted and torch.is_grad_enabled())
-    loss: Tensor = _LabelledCrossEntropy.apply(hidden, targets, constants, head.weight, head.bias, head.lora_A, head.lora_B)
-    return loss
+    return constants, head.weight, head.bias, head.lora_A, head.lora_B
 
 
 class _LabelledCrossEntropy(Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from luthier.ops.cross_entropy import HeadProducts, chunks
+from luthier.ops.cross_entropy import HeadProducts, chunks, head_arguments
 from luthier.ops.projection import Projection, adapted_projections_plain
 
 
@@ -35,10 +35,7 @@ def labelled_log_probs(hidden: Tensor, targets: Tensor, head: Projection, *, pro
     The head's weight and bias are frozen; its pair learns. Its dropout must be 0 here, since masks are not kept over chunks.
     `products` as in `adapted_projections`.
     """
-    assert not head.dropout
-    wanted = hidden.requires_grad or any(pair is not None and pair.requires_grad for pair in (head.lora_A, head.lora_B))
-    constants = (head.scaling, products or hidden.dtype, wanted and torch.is_grad_enabled())
-    found: Tensor = _LabelledLogProbs.apply(hidden, targets, constants, head.weight, head.bias, head.lora_A, head.lora_B)
+    found: Tensor = _LabelledLogProbs.apply(hidden, targets, *head_arguments(hidden, head, products))
     return found
 
 
